@@ -1,0 +1,43 @@
+"""Kinds of camera, one file each, behind one small protocol.
+
+A source opens in `__enter__`, yields one picture at a time from `read`, and closes in `__exit__`; `ingest` owns it and
+calls it from one thread. It knows nothing of products, queues or verdicts, and it never retries: that is ingest's.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol
+
+from pipeline.config import Camera, FolderCamera, RtspCamera
+from pipeline.sources.files import FolderSource, open_video
+from pipeline.sources.rtsp import open_rtsp
+from pipeline.types import Picture
+
+
+class Source(Protocol):
+    """What ingest needs of a camera."""
+
+    def __enter__(self) -> Source:
+        """Connect. Raises SourceError with a reason code when that is not possible."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Disconnect; never raises."""
+
+    def read(self) -> Picture | None:
+        """Wait for the next picture; None at the end of a finite source.
+
+        Blocks no longer than the source's read timeout. Raises FrameError for one unusable picture (the source goes
+        on), SourceError when the source as a whole is lost.
+        """
+
+
+def open_source(camera: Camera) -> Source:
+    """Make the source for a camera's configuration; nothing is opened yet."""
+    if isinstance(camera, RtspCamera):
+        return open_rtsp(camera)
+    if isinstance(camera, FolderCamera):
+        return FolderSource(camera.path)
+    return open_video(camera.path)

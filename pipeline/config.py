@@ -1,0 +1,368 @@
+"""Every setting of a line, and the only reader of its files, environment and secrets.
+
+A line is one YAML file. Values are looked up in the environment first (`LOGICRD_KAFKA__BOOTSTRAP`, two underscores a
+level), then in the file, then in the defaults here. Unknown keys are refused with their place in the file and the
+nearest known name. Paths in the file are relative to the file. Called by the command line and by nothing below it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from pipeline.errors import ConfigError
+
+PRODUCT_PATTERN = r"^[a-z][a-z0-9-]{0,39}$"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+ENV_PREFIX = "LOGICRD_"
+MODELINE = "# yaml-language-server: $schema="
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Product = Annotated[str, Field(pattern=PRODUCT_PATTERN)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Block(BaseModel):
+    """One mapping of the file: closed, immutable, strict about types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class _Camera(_Block):
+    id: Name
+    """Name of the camera, unique on the line; it appears in every event and metric."""
+    product: Product
+    """Which product this camera looks at: the name of an ensemble in the model repository."""
+    station: Name = "station-1"
+    """Station of the line; verdicts are in order within `<line>/<station>`."""
+    queue_frames: Annotated[int, Field(ge=1, le=1000)] = 16
+    """How many frames of this camera may wait for inference."""
+    overflow: Literal["wait", "drop_oldest"] = "drop_oldest"
+    """What a full queue does: `wait` holds the reader back (files), `drop_oldest` gives up the oldest waiting frame,
+    whose part becomes UNINSPECTED with cause `queue_full` (live cameras)."""
+    picture_size: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=2, max_length=2)] | None = None
+    """Width and height that every picture must have; another size is `frame_corrupt`. Unset: any size is resized."""
+
+
+class RtspCamera(_Camera):
+    """An RTSP stream, read over TCP."""
+
+    type: Literal["rtsp"]
+    url: Annotated[str, Field(pattern=r"^rtsps?://")]
+    """Address without credentials, `rtsp://host:554/path`."""
+    user: str = ""
+    """User name, when the camera asks for one."""
+    password_file: Path | None = None
+    """File that holds the camera's password, and nothing else."""
+    connect_timeout_s: Positive = 5.0
+    """Longest wait for the camera to answer."""
+    read_timeout_s: Positive = 3.0
+    """Longest silence before the stream counts as lost and is opened anew."""
+    retry_max_s: Positive = 15.0
+    """Longest pause between two attempts; pauses double from 0.5 s."""
+
+    @field_validator("url")
+    @classmethod
+    def _no_credentials(cls, url: str) -> str:
+        if "@" in urlsplit(url).netloc:
+            raise ValueError("credentials do not belong in the address: use `user` and `password_file`")
+        return url
+
+    def address(self) -> str:
+        """Give the address with credentials, to be handed to the decoder and to nothing else."""
+        if not self.user:
+            return self.url
+        parts = urlsplit(self.url)
+        password = read_secret(self.password_file).get_secret_value() if self.password_file else ""
+        netloc = f"{quote(self.user, safe='')}:{quote(password, safe='')}@{parts.netloc}"
+        return urlunsplit(parts._replace(netloc=netloc))
+
+
+class _Paced(_Camera):
+    overflow: Literal["wait", "drop_oldest"] = "wait"
+    path: Path
+    """File or folder to read."""
+    rate: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.0
+    """Pictures a second; 0 reads as fast as the line takes them."""
+    loop: bool = False
+    """Start over at the end."""
+
+
+class VideoCamera(_Paced):
+    """A video file."""
+
+    type: Literal["video"]
+
+
+class FolderCamera(_Paced):
+    """A folder of PNG, JPEG, BMP, TIFF or WebP pictures, read in the order of their names."""
+
+    type: Literal["folder"]
+
+
+Camera = Annotated[RtspCamera | VideoCamera | FolderCamera, Field(discriminator="type")]
+
+
+class Triton(_Block):
+    """The inference server."""
+
+    address: str = "127.0.0.1:18001"
+    """gRPC address, `host:port`."""
+    models_repo: Path = Path("models_repo")
+    """The model repository that the server serves; the line reads the manifests in it."""
+    max_in_flight: Annotated[int, Field(ge=1, le=64)] = 3
+    """Batches under way at once; more fills the server's gaps, fewer makes larger batches."""
+    startup_timeout_s: Positive = 10.0
+    """How long the start waits for the server to be ready."""
+
+
+class Kafka(_Block):
+    """Where verdicts go."""
+
+    bootstrap: Annotated[list[str], Field(min_length=1)] = ["127.0.0.1:19092"]
+    """Brokers, `host:port` each."""
+    topic_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")] = "inspection"
+    """Topics are `<prefix>.verdict.v1`, `<prefix>.view.v1`, `<prefix>.status.v1`."""
+    content_mode: Literal["binary", "structured"] = "binary"
+    """CloudEvents content mode: attributes as `ce_` headers, or all in one JSON value."""
+    max_unacknowledged: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
+    """Events held in memory until the broker acknowledges them; one more is refused and counted as lost."""
+    startup_timeout_s: Positive = 10.0
+    """How long the start waits for the brokers."""
+    drain_timeout_s: Positive = 20.0
+    """How long the end of a run waits for the last acknowledgements."""
+
+
+class Redis(_Block):
+    """Where thresholds live."""
+
+    url: Annotated[str, Field(pattern=r"^(redis|rediss|unix)://")] = "redis://127.0.0.1:16379/0"
+    """Server and data base, without a password."""
+    password_file: Path | None = None
+    """File that holds the password, and nothing else."""
+    refresh_s: Positive = 30.0
+    """How often thresholds are read again, whether or not a change was announced."""
+    snapshot: Path | None = None
+    """File for the last known good thresholds: used when Redis is down at start."""
+
+
+class Batching(_Block):
+    """How frames are gathered into requests."""
+
+    max_size: Annotated[int, Field(ge=1, le=64)] = 8
+    """Most frames in one request; not above the model's own limit."""
+    max_age_ms: Annotated[float, Field(ge=0, le=10_000, allow_inf_nan=False)] = 30.0
+    """Longest time a frame waits for others to join it while the server is free."""
+
+
+class Evidence(_Block):
+    """Pictures kept for review."""
+
+    dir: Path | None = None
+    """Folder for the pictures; unset keeps none."""
+    keep: Literal["ng", "all"] = "ng"
+    """`ng`: overlays of NG and REVIEW parts. `all`: besides, every frame as it went to the model (lossless PNG)."""
+    max_files: Annotated[int, Field(ge=1, le=1_000_000)] = 2_000
+    """The oldest pictures are removed beyond this number."""
+
+
+class Monitoring(_Block):
+    """What ops look at."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Port for `/metrics`, `/livez` and `/readyz`; 0 takes a free one, unset serves none."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+
+    @field_validator("host")
+    @classmethod
+    def _is_address(cls, host: str) -> str:
+        ipaddress.ip_address(host)
+        return host
+
+
+class LineConfig(BaseSettings):
+    """One line: its cameras and the servers it works with."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        title="LogicRD line",
+    )
+
+    site: Name = "site"
+    """Plant; ISA-95 site."""
+    area: Name = "area"
+    """Part of the plant; ISA-95 area."""
+    line: Name
+    """Production line; first half of the Kafka key."""
+    budget_ms: Annotated[float, Field(gt=0, le=600_000, allow_inf_nan=False)] = 2_000.0
+    """From capture to verdict; a part not judged by then is UNINSPECTED with cause `deadline`."""
+    cameras: Annotated[list[Camera], Field(min_length=1)]
+    """The cameras that this worker reads."""
+    triton: Triton = Triton()
+    """Inference server."""
+    kafka: Kafka = Kafka()
+    """Broker for verdicts."""
+    redis: Redis = Redis()
+    """Server for thresholds."""
+    batching: Batching = Batching()
+    """Gathering of frames."""
+    evidence: Evidence = Evidence()
+    """Pictures kept for review."""
+    monitoring: Monitoring = Monitoring()
+    """Metrics and health."""
+
+    @model_validator(mode="after")
+    def _unique_cameras(self) -> LineConfig:
+        seen: set[str] = set()
+        for camera in self.cameras:
+            if camera.id in seen:
+                raise ValueError(f"cameras: two cameras are called {camera.id!r}; ids are unique on a line")
+            seen.add(camera.id)
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put the environment above the file; no dotenv, no secrets folder."""
+        del settings_cls, dotenv_settings, file_secret_settings
+        return env_settings, init_settings
+
+    @property
+    def products(self) -> list[str]:
+        """Products of the line's cameras, each once, in the order of the file."""
+        return list(dict.fromkeys(camera.product for camera in self.cameras))
+
+    @property
+    def source(self) -> str:
+        """CloudEvents source of this line's events."""
+        return f"/{self.site}/{self.area}/{self.line}"
+
+
+def load(path: Path) -> LineConfig:
+    """Read and check a line file.
+
+    Raises ConfigError with one line per fault: where, what, and the nearest known name for an unknown key.
+    """
+    data = _read_yaml(path)
+    try:
+        config = LineConfig(**data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(path, error)), hint="`logicrd config schema` lists every key") from None
+    except TypeError:
+        raise ConfigError(f"{path}: keys must be words", hint="`logicrd config schema` lists every key") from None
+    return _rooted(config, path.resolve().parent)
+
+
+def schema() -> dict[str, Any]:
+    """Give the JSON Schema of the line file, in draft-07, which editors and Helm speak."""
+    document = LineConfig.model_json_schema()
+    document["$schema"] = "http://json-schema.org/draft-07/schema#"
+    return cast(dict[str, Any], _rename_definitions(document))
+
+
+def read_secret(path: Path) -> SecretStr:
+    """Read a secret from its file, without the newline that editors leave. Raises ConfigError."""
+    try:
+        return SecretStr(path.read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"secret file {path} cannot be read: {error}", hint="check the path and its mode") from None
+
+
+def without_colour() -> bool:
+    """Say whether the user asked for plain output (https://no-color.org)."""
+    return bool(os.environ.get("NO_COLOR"))  # noqa: TID251 (this module reads the environment)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", hint="name the line file with --config") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a line file is a mapping of keys, not {type(data).__name__}")
+    return data
+
+
+def _rooted(config: LineConfig, root: Path) -> LineConfig:
+    """Resolve the file's relative paths against the folder it lies in."""
+
+    def rooted(path: Path | None) -> Path | None:
+        return None if path is None else root / path
+
+    cameras = [
+        camera.model_copy(update={"password_file": rooted(camera.password_file)})
+        if isinstance(camera, RtspCamera)
+        else camera.model_copy(update={"path": rooted(camera.path)})
+        for camera in config.cameras
+    ]
+    triton = config.triton.model_copy(update={"models_repo": rooted(config.triton.models_repo)})
+    redis = config.redis.model_copy(
+        update={"password_file": rooted(config.redis.password_file), "snapshot": rooted(config.redis.snapshot)}
+    )
+    evidence = config.evidence.model_copy(update={"dir": rooted(config.evidence.dir)})
+    return config.model_copy(update={"cameras": cameras, "triton": triton, "redis": redis, "evidence": evidence})
+
+
+def _explain(path: Path, error: ValidationError) -> Iterator[str]:
+    for fault in error.errors(include_url=False, include_context=False):
+        steps = [step for step in fault["loc"] if step not in {"rtsp", "video", "folder"}]
+        place = re.sub(r"\.\[", "[", ".".join(f"[{step}]" if isinstance(step, int) else str(step) for step in steps))
+        if fault["type"] == "extra_forbidden":
+            yield f"{path}: {place}: unknown key{_nearest(str(steps[-1]), steps[:-1])}"
+        else:
+            yield f"{path}: {place or 'line'}: {fault['msg'].removeprefix('Value error, ')}"
+
+
+def _nearest(word: str, place: list[int | str]) -> str:
+    matches = difflib.get_close_matches(word, _known_keys(place), n=1, cutoff=0.5)
+    return f"; did you mean `{matches[0]}`?" if matches else ""
+
+
+def _known_keys(place: list[int | str]) -> list[str]:
+    """List the keys that may stand at a place of the file."""
+    if not place:
+        return list(LineConfig.model_fields)
+    if place[0] == "cameras":
+        return sorted({key for kind in (RtspCamera, VideoCamera, FolderCamera) for key in kind.model_fields})
+    block = LineConfig.model_fields.get(str(place[0]))
+    annotation = block.annotation if block is not None else None
+    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+
+
+def _rename_definitions(node: object) -> object:
+    """Move 2020-12's `$defs` to draft-07's `definitions`, references included."""
+    if isinstance(node, list):
+        return [_rename_definitions(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    renamed = {("definitions" if key == "$defs" else key): _rename_definitions(value) for key, value in node.items()}
+    if isinstance(reference := renamed.get("$ref"), str):
+        renamed["$ref"] = reference.replace("#/$defs/", "#/definitions/")
+    return renamed

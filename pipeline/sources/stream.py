@@ -1,0 +1,147 @@
+"""H.264, H.265 and whatever else FFmpeg decodes, from an RTSP camera or a file, through PyAV.
+
+One packet is read, decoded and converted at a time, on the caller's thread; nothing is buffered beyond what the codec
+needs. A camera that stamps its frames with the part's serial number in an unregistered SEI message (ITU-T H.264 D.1.7)
+gives the part id; see `PART_ID_UUID`. Used by `rtsp` and `files`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, cast
+from uuid import UUID
+
+import av
+import av.error
+
+from pipeline.errors import FrameError, SourceError
+from pipeline.types import Image, Picture
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.sidedata.sidedata import SideDataContainer
+    from av.video.codeccontext import VideoCodecContext
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+PART_ID_UUID = UUID("d4616770-2d24-58ba-ac16-6665a1d7737b")
+"""uuid5(NAMESPACE_URL, "urn:logicrd:part-id"): what follows it in the SEI message is the part id in UTF-8."""
+MAX_PART_ID_BYTES = 128
+MAX_PIXELS = 64_000_000
+"""A stream that announces larger pictures is refused before one is decoded."""
+
+_REASONS: tuple[tuple[type[Exception], str, str], ...] = (
+    (av.error.HTTPUnauthorizedError, "auth_failed", "check `user` and `password_file`"),
+    (av.error.HTTPForbiddenError, "auth_failed", "check `user` and `password_file`"),
+    (av.error.HTTPNotFoundError, "not_found", "check the path in the camera's address"),
+    (av.error.FileNotFoundError, "not_found", "check `path`"),
+    (av.error.TimeoutError, "timeout", "check the network and the camera's power"),
+    (av.error.ExitError, "timeout", "check the network and the camera's power"),
+    (av.error.ConnectionRefusedError, "unreachable", "check the address, the port, and that the camera is on"),
+    (av.error.DecoderNotFoundError, "codec_unsupported", "set the camera to H.264"),
+    (av.error.InvalidDataError, "codec_unsupported", "the stream is cut, empty or of an unknown format"),
+)
+
+
+class StreamSource:
+    """One video stream; see `Source` for the contract."""
+
+    def __init__(self, address: str, *, shown: str, timeouts_s: tuple[float, float], options: dict[str, str]) -> None:
+        self._address = address
+        self._shown = shown
+        self._timeouts_s = timeouts_s
+        self._options = options
+        self._container: InputContainer | None = None
+        self._decoder: VideoCodecContext | None = None
+        self._packets: Iterator[Packet[VideoStream]] = iter(())
+        self._ready: deque[tuple[VideoFrame, datetime, float]] = deque()
+        # Frames after a damaged one are built upon it, and the decoder does not say so: none counts until a key frame.
+        self._damaged = False
+
+    def __enter__(self) -> StreamSource:
+        try:
+            container = av.open(self._address, timeout=self._timeouts_s, options=self._options)
+        except (av.error.FFmpegError, OSError) as error:
+            raise self._lost("cannot be opened", error) from None
+        self._container = container
+        self._damaged = False
+        if not container.streams.video:
+            container.close()
+            raise SourceError(f"{self._shown} has no video stream", reason="codec_unsupported", final=True)
+        stream = container.streams.video[0]
+        self._decoder = stream.codec_context
+        # Frame threads would hold frames back and cost memory for every camera; one core decodes 640 x 480 in 1 ms.
+        self._decoder.thread_count = 1
+        self._packets = container.demux(stream)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ready.clear()
+        self._packets = iter(())
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+
+    def read(self) -> Picture | None:
+        """Give the next picture; None at the end. `captured_at` is when the packet arrived, before decoding."""
+        while not self._ready:
+            packet = self._next_packet()
+            if packet is None:
+                return None
+            self._decode(packet)
+        frame, captured_at, captured_s = self._ready.popleft()
+        part_id = _part_id(frame)
+        origin = "sei" if part_id is not None else None
+        self._damaged = (self._damaged and not frame.key_frame) or frame.is_corrupt
+        if self._damaged:
+            raise FrameError(f"{self._shown}: a frame arrived damaged", part_id=part_id, part_id_source=origin)
+        return Picture(cast("Image", frame.to_ndarray(format="rgb24")), captured_at, captured_s, part_id, origin)
+
+    def _next_packet(self) -> Packet[VideoStream] | None:
+        try:
+            return next(self._packets, None)
+        except (av.error.FFmpegError, OSError) as error:
+            raise self._lost("stopped", error) from None
+
+    def _decode(self, packet: Packet[VideoStream]) -> None:
+        assert self._decoder is not None  # noqa: S101 (set by __enter__)
+        captured_at, captured_s = datetime.now(UTC), time.monotonic()
+        if self._decoder.width * self._decoder.height > MAX_PIXELS:
+            raise SourceError(f"{self._shown}: pictures over {MAX_PIXELS} pixels", reason="too_large", final=True)
+        try:
+            frames = self._decoder.decode(packet if packet.size else None)
+        except av.error.EOFError:
+            return
+        except (av.error.FFmpegError, ValueError) as error:
+            self._damaged = True
+            raise FrameError(f"{self._shown}: a frame cannot be decoded: {error}") from None
+        self._ready.extend((frame, captured_at, captured_s) for frame in frames)
+
+    def _lost(self, what: str, error: Exception) -> SourceError:
+        """Map a fault of the library; the message never holds the address with its credentials."""
+        for kind, reason, hint in _REASONS:
+            if isinstance(error, kind):
+                final = "://" not in self._address
+                return SourceError(f"{self._shown} {what}: {reason}", reason=reason, hint=hint, final=final)
+        return SourceError(f"{self._shown} {what}: {type(error).__name__}", reason="lost")
+
+
+def _part_id(frame: VideoFrame) -> str | None:
+    """Find the part id in a frame's unregistered SEI messages; a text that is no id is no id."""
+    messages = cast("SideDataContainer", frame.side_data)
+    for index in range(len(messages)):  # by index: several messages share one type, and a mapping would hide them
+        data = messages[index]
+        if data.type.name != "SEI_UNREGISTERED":
+            continue
+        message = bytes(data)
+        if message[:16] == PART_ID_UUID.bytes and len(message) <= 16 + MAX_PART_ID_BYTES:
+            text = message[16:].decode("utf-8", errors="replace").strip("\0")
+            return text if text.isprintable() and text else None
+    return None
