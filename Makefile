@@ -1,0 +1,69 @@
+# LogicRD's verbs. `make demo` and `make test` set up what they need, from nothing on Debian 12 or Ubuntu; a second run
+# finds it there. What set-up does is in deploy/local/setup.sh.
+
+SHELL := /bin/bash
+SETUP := deploy/local/setup.sh
+STACK := .venv/bin/python deploy/local/stack.py
+UV := .cache/uv/bin/uv
+# One lock for the machines the embedded stack runs on: x86-64 Linux with glibc 2.35 or newer, Python 3.11.
+COMPILE = $(UV) pip compile --quiet --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
+	--python-platform x86_64-manylinux_2_35 $(UV_FLAGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint type bench stack-up stack-down lock clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r verb what; do \
+		printf '  make %-12s %s\n' "$$verb" "$$what"; done
+
+setup: ## install what is missing: system packages, the three environments, the Kafka broker
+	@$(SETUP) line triton training stack
+
+demo: ## 60 s of four simulated cameras; SOURCE=<address, video or folder> PRODUCT=<name> for your own pictures
+	@$(SETUP) line triton stack
+	.venv/bin/python deploy/local/demo.py $(if $(SOURCE),--source "$(SOURCE)") $(if $(PRODUCT),--product "$(PRODUCT)")
+
+test: ## every check and every test, against the real Triton, Kafka, Redis and RTSP
+	@$(SETUP) line triton training stack
+	@$(MAKE) --no-print-directory lint type
+	.venv/bin/pytest tests/unit/pipeline tests/contract tests/integration tests/e2e tests/unit/models_repo
+	.venv-training/bin/pytest tests/unit/training
+
+lint: ## ruff, and who may import whom
+	@$(SETUP) line
+	.venv/bin/ruff check .
+	.venv/bin/lint-imports
+
+type: ## mypy, strict
+	@$(SETUP) line
+	.venv/bin/mypy
+	.venv/bin/mypy deploy/local tests/benchmarks
+
+bench: ## measure the line and the served model, against the limit of this machine
+	@$(SETUP) line triton stack
+	@$(STACK) up
+	.venv/bin/logicrd bench serving --json
+	.venv/bin/logicrd bench line --json
+
+stack-up: ## start the embedded Triton, Kafka and Redis
+	@$(SETUP) line triton stack
+	@$(STACK) up
+
+stack-down: ## stop them
+	@$(STACK) down
+
+lock: $(UV) ## pin requirements/*.txt anew, with hashes; UV_FLAGS=--upgrade takes newer versions
+	$(COMPILE) pyproject.toml -o requirements/pipeline.txt
+	$(COMPILE) -c requirements/pipeline.txt pyproject.toml requirements/dev.in -o requirements/dev.txt
+	$(COMPILE) -c requirements/pipeline.txt --extra training pyproject.toml requirements/training.in -o requirements/training.txt
+	$(COMPILE) requirements/triton.in -o requirements/triton.txt
+
+$(UV):
+	python3.11 -m venv .cache/uv
+	.cache/uv/bin/pip install --quiet uv
+
+clean: ## stop the stack, then remove the environments, the stack's data and every cache
+	@if [ -x .venv/bin/python ]; then $(STACK) down; fi
+	rm -rf .venv .venv-training .venv-triton .stack .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+		.import_linter_cache *.egg-info build demo
+	find . -name __pycache__ -not -path './.git/*' -type d -prune -exec rm -rf {} +

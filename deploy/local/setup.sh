@@ -1,0 +1,163 @@
+#!/usr/bin/env bash
+# Makes this machine ready for the embedded stack: system packages (apt), Python environments (pip), the Kafka broker
+# (Maven). Called by the Makefile with the parts it needs: line triton training stack. What is there already is left
+# alone, so a second run takes a moment and no network. It starts no service and touches no running one.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+# --- Python --------------------------------------------------------------------------------------------------------
+
+find_python() {
+  local name
+  for name in python3.11 python3; do
+    if "$name" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+      command -v "$name"
+      return
+    fi
+  done
+  die "missing: Python 3.11. Install it (Debian 12: apt-get install python3) and run this again"
+}
+
+# --- system packages -----------------------------------------------------------------------------------------------
+
+# One line a thing that is not there: the package that brings it. The parts asked for decide what is looked at.
+missing_packages() {
+  "$PYTHON" -c 'import ensurepip' 2>/dev/null || echo python3.11-venv
+  if wants triton; then
+    has_libpython || echo libpython3.11
+  fi
+  if wants stack; then
+    has_java || echo "$(java_package)"
+    [ -s "$KAFKA_STAMP" ] || command -v mvn >/dev/null || echo maven
+    command -v redis-server >/dev/null || echo redis-server
+    command -v arv-fake-gv-camera-0.8 >/dev/null || echo aravis-tools
+    missing_gstreamer
+  fi
+}
+
+# The Python backend's process is linked against this library, wherever it comes from.
+has_libpython() {
+  "$PYTHON" -c 'import sys, sysconfig, pathlib as p
+sys.exit(not (p.Path(sysconfig.get_config_var("LIBDIR")) / "libpython3.11.so.1.0").exists())' ||
+    ldconfig -p | grep -q 'libpython3\.11\.so\.1\.0'
+}
+
+has_java() {
+  command -v java >/dev/null && java -version 2>&1 | sed -nE 's/.*version "([0-9]+).*/\1/p' | awk '{ exit !($1 >= 17) }'
+}
+
+java_package() {
+  if apt-cache show openjdk-17-jre-headless >/dev/null 2>&1; then echo openjdk-17-jre-headless; else echo default-jre-headless; fi
+}
+
+# The RTSP server runs in Debian's own Python, because the GObject bindings belong to that one.
+missing_gstreamer() {
+  [ -x /usr/bin/python3 ] && /usr/bin/python3 - <<'EOF' 2>/dev/null || printf '%s\n' "${GSTREAMER_PACKAGES[@]}"
+import gi
+gi.require_version("GstRtspServer", "1.0")
+from gi.repository import Gst, GstRtspServer
+Gst.init(None)
+raise SystemExit(any(Gst.ElementFactory.find(name) is None for name in ("rtph264pay", "h264parse", "x264enc")))
+EOF
+}
+GSTREAMER_PACKAGES=(python3-gi gir1.2-gst-rtsp-server-1.0 gstreamer1.0-plugins-good gstreamer1.0-plugins-bad
+  gstreamer1.0-plugins-ugly)
+
+install_packages() {
+  local missing
+  mapfile -t missing < <(missing_packages)
+  [ ${#missing[@]} -gt 0 ] || return 0
+  local remedy="as root: apt-get install ${missing[*]}"
+  command -v apt-get >/dev/null || die "missing: ${missing[*]}. This machine has no apt-get; install them by its own means"
+  local sudo=()
+  if [ "$(id -u)" != 0 ]; then
+    command -v sudo >/dev/null || die "missing: ${missing[*]}. Install them $remedy"
+    sudo=(sudo)
+  fi
+  say "apt-get install ${missing[*]}"
+  apt_install "${missing[@]}" || die "missing: ${missing[*]} (apt-get failed, its words are above). Install them $remedy"
+  mapfile -t missing < <(missing_packages)
+  [ ${#missing[@]} -eq 0 ] || die "still missing after apt-get: ${missing[*]}"
+}
+
+# Services of the new packages are neither started now (policy-rc.d) nor at the next boot; one that was there is left.
+apt_install() {
+  local policy=/usr/sbin/policy-rc.d had_redis=yes
+  command -v redis-server >/dev/null || had_redis=no
+  if [ ! -e "$policy" ]; then
+    printf '#!/bin/sh\nexit 101\n' | "${sudo[@]}" tee "$policy" >/dev/null
+    "${sudo[@]}" chmod 755 "$policy"
+    trap '"${sudo[@]}" rm -f /usr/sbin/policy-rc.d' EXIT
+  fi
+  "${sudo[@]}" apt-get update -qq >&2 || say "apt-get update failed; going on with the lists that are here"
+  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >&2 || return 1
+  if [ "$had_redis" = no ] && [ -d /run/systemd/system ]; then
+    "${sudo[@]}" systemctl disable --quiet redis-server || true
+  fi
+}
+
+# --- Python environments -------------------------------------------------------------------------------------------
+
+# environment FOLDER REQUIREMENTS: made anew when the requirements or the Python changed.
+environment() {
+  local folder=$1 requirements=$2 key
+  key=$(sha256sum <"$requirements")$("$PYTHON" -VV)
+  [ "$(cat "$folder/.stamp" 2>/dev/null)" != "$key" ] || return 0
+  say "$folder from $requirements"
+  "$PYTHON" -m venv --clear "$folder"
+  pip_install "$folder" --require-hashes -r "$requirements"
+  printf '%s\n' "$key" >"$folder/.stamp"
+}
+
+# project FOLDER: this repository in that environment, editable; again when pyproject.toml changed.
+project() {
+  local folder=$1 key
+  key=$(sha256sum <pyproject.toml)
+  [ "$(cat "$folder/.stamp-project" 2>/dev/null)" != "$key" ] || return 0
+  pip_install "$folder" --no-build-isolation -e .
+  printf '%s\n' "$key" >"$folder/.stamp-project"
+}
+
+pip_install() {
+  local folder=$1
+  shift
+  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$@" >&2 ||
+    die "$folder: pip could not install it (its words are above); with a network or a package mirror, run this again"
+}
+
+# --- Kafka ---------------------------------------------------------------------------------------------------------
+
+KAFKA_STAMP=.stack/kafka/libs/.stamp
+
+kafka() {
+  local key folder=.stack/kafka/libs
+  key=$(sha256sum <deploy/local/pom.xml)
+  [ "$(cat "$KAFKA_STAMP" 2>/dev/null)" != "$key" ] || return 0
+  command -v mvn >/dev/null || die "missing: maven, to fetch the Kafka broker. Install it as root: apt-get install maven"
+  say "the Kafka broker from deploy/local/pom.xml"
+  rm -rf "$folder"
+  mvn --quiet --batch-mode -Dstyle.color=never --file deploy/local/pom.xml dependency:copy-dependencies \
+    -DincludeScope=runtime -DoutputDirectory="$PWD/$folder" >&2 ||
+    die "Maven could not fetch the Kafka broker (its words are above); with a network or a package mirror, run this again"
+  printf '%s\n' "$key" >"$KAFKA_STAMP"
+}
+
+# -------------------------------------------------------------------------------------------------------------------
+
+PARTS=" $* "
+wants() { [[ $PARTS == *" $1 "* ]]; }
+
+# Two set-ups at once would write into the same folders.
+mkdir -p .cache
+exec 9>.cache/setup.lock
+flock 9
+
+PYTHON=$(find_python)
+install_packages
+if wants line; then environment .venv requirements/dev.txt; project .venv; fi
+if wants triton; then environment .venv-triton requirements/triton.txt; fi
+if wants training; then environment .venv-training requirements/training.txt; project .venv-training; fi
+if wants stack; then kafka; fi
