@@ -1,0 +1,299 @@
+"""The composition root: builds the stages of one line, wires them with queues, starts, drains and stops them.
+
+Threads: one reader a camera -> batcher -> one dispatcher -> gRPC's own -> one judge -> one publisher, one for pictures,
+one for thresholds. A part is opened when its frame is captured and gets exactly one verdict: from its scores, from a
+fault on the way, or from its deadline. Called by the command line and by tests.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import structlog
+
+from pipeline.batcher import Batcher
+from pipeline.config import LineConfig
+from pipeline.errors import ConfigError, DependencyError, LineError
+from pipeline.events import Encoder, Place
+from pipeline.evidence import Evidence
+from pipeline.health import Health, HealthPage
+from pipeline.inference import InferenceClient
+from pipeline.ingest import CameraReader, Handover
+from pipeline.manifest import Manifest, read_manifest
+from pipeline.metrics import LineSnapshot, Metrics
+from pipeline.parts import OpenParts
+from pipeline.sink import Sink
+from pipeline.thresholds import ThresholdCache, ThresholdStore
+from pipeline.types import CameraState, Cause, Frame, Inference, PartVerdict
+from pipeline.verdict import decide, regions
+
+_TICK_S = 0.05
+"""How often deadlines are looked at: the most by which an overdue verdict is late."""
+_MAX_RESULTS = 4096
+_DRAIN_MARGIN_S = 1.0
+
+log = structlog.get_logger(__name__)
+
+
+class Line:
+    """One line, at work between `start` and `close`."""
+
+    def __init__(self, config: LineConfig) -> None:
+        self._config = config
+        self._manifests = read_manifests(config)
+        now = datetime.now(UTC)
+        run = now.strftime("%Y%m%dT%H%M%S")
+        self._place = Place(
+            config.site, config.area, config.line, worker=f"{socket.gethostname()}-{run}", budget_ms=config.budget_ms
+        )
+        self.metrics = Metrics()
+        self.health = Health()
+        self._batcher = Batcher(
+            self.metrics, max_size=config.batching.max_size, max_age_s=config.batching.max_age_ms / 1e3
+        )
+        self._inference = InferenceClient(config.triton, self._manifests)
+        self._thresholds = ThresholdCache(
+            ThresholdStore(config.redis), self._manifests, config.redis, metrics=self.metrics, health=self.health
+        )
+        self._sink = Sink(config.kafka, metrics=self.metrics, health=self.health)
+        self._encoder = Encoder(self._place, config.kafka.content_mode)
+        self._evidence = Evidence(config.evidence, self._manifests, self.health)
+        self._parts = OpenParts()
+        self._parts_lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(config.triton.max_in_flight)
+        # Answers and faults on their way to the judge; a full queue makes the one who puts wait, no longer than 1 s.
+        self._results: queue.Queue[Inference] = queue.Queue(_MAX_RESULTS)
+        self._stop_dispatch = threading.Event()
+        self._stop_judge = threading.Event()
+        self._readers = self._make_readers(run)
+        self._threads = [
+            threading.Thread(target=self._dispatch, name="dispatcher", daemon=True),
+            threading.Thread(target=self._judge_all, name="judge", daemon=True),
+        ]
+        self._page: HealthPage | None = None
+
+    def start(self) -> None:
+        """Reach every dependency, then start the cameras. Raises DependencyError or CheckError; nothing stays up."""
+        try:
+            self._inference.start()
+            self._thresholds.start()
+            self._sink.start()
+            self._start_evidence()
+            self._start_page()
+        except LineError:
+            self._sink.close()
+            self._thresholds.close()
+            self._inference.close()
+            raise
+        for thread in self._threads:
+            thread.start()
+        for reader in self._readers:
+            reader.start()
+        self.health.ready("triton", state=True)
+        log.info("line started", line=self._config.line, cameras=len(self._readers), products=self._config.products)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no camera will give another frame."""
+        return all(reader.finished for reader in self._readers)
+
+    def snapshot(self) -> LineSnapshot:
+        """Give the line's figures of this moment."""
+        return self.metrics.snapshot()
+
+    def close(self) -> LineSnapshot:
+        """Stop the cameras, let every open part get its verdict, deliver what is left; gives the last figures."""
+        for reader in self._readers:
+            reader.stop()
+        self._batcher.close()
+        until = time.monotonic() + self._config.budget_ms / 1e3 + _DRAIN_MARGIN_S
+        for reader in self._readers:
+            reader.join(max(0.1, until - time.monotonic()))
+        while len(self._parts) and time.monotonic() < until:
+            time.sleep(_TICK_S)
+        self._stop_dispatch.set()
+        self._inference.close()
+        self._stop_judge.set()
+        for thread in self._threads:
+            thread.join(2.0)
+        self._evidence.close()
+        self._sink.close()
+        self._thresholds.close()
+        if self._page is not None:
+            self._page.__exit__(None, None, None)
+        last = self.snapshot()
+        log.info(
+            "line stopped",
+            triggered=last.triggered,
+            judged=last.judged,
+            acknowledged=last.acknowledged,
+            undelivered=last.undelivered,
+        )
+        return last
+
+    def _make_readers(self, run: str) -> list[CameraReader]:
+        handover = Handover(
+            accept=self._accept,
+            wait_for_room=self._batcher.wait_for_room,
+            announce=self._announce,
+            metrics=self.metrics,
+            health=self.health,
+            run=run,
+            budget_s=self._config.budget_ms / 1e3,
+        )
+        readers = []
+        for camera in self._config.cameras:
+            self.metrics.camera(camera.id, product=camera.product, station=camera.station)
+            self._batcher.add_camera(
+                camera.id, product=camera.product, capacity=camera.queue_frames, overflow=camera.overflow
+            )
+            size = self._manifests[camera.product].input
+            readers.append(CameraReader(camera, (size.height, size.width), handover))
+        return readers
+
+    def _start_evidence(self) -> None:
+        try:
+            self._evidence.start()
+        except OSError as error:
+            raise ConfigError(f"evidence.dir {self._config.evidence.dir}: {error.strerror}") from None
+
+    def _start_page(self) -> None:
+        settings = self._config.monitoring
+        if settings.port is None:
+            return
+        try:
+            self._page = HealthPage(self.health, self.metrics.registry, settings.host, settings.port).__enter__()
+        except OSError as error:
+            place = f"{settings.host}:{settings.port}"
+            raise DependencyError(
+                f"monitoring: {place}: {error.strerror}", hint="choose another monitoring.port, or 0"
+            ) from None
+        log.info("monitoring", address=f"http://{settings.host}:{self._page.port}/metrics")
+
+    # Camera threads
+
+    def _accept(self, frame: Frame) -> None:
+        """Take a frame from its reader: from here on its part will get a verdict."""
+        with self._parts_lock:
+            self._parts.open(frame)
+        self.metrics.frame(frame.camera_id)
+        if frame.cause is not None:
+            self._results.put(Inference(frame, cause=frame.cause), timeout=1.0)
+        elif (evicted := self._batcher.put(frame)) is not None:
+            self._results.put(Inference(evicted, cause=Cause.QUEUE_FULL), timeout=1.0)
+
+    def _announce(self, camera_id: str, state: CameraState, reason: str) -> None:
+        self._sink.put(self._encoder.status(camera_id, state, reason, datetime.now(UTC)))
+
+    # Dispatcher thread
+
+    def _dispatch(self) -> None:
+        """Form a batch whenever the server has a slot: the busier it is, the larger they become."""
+        while not self._stop_dispatch.is_set():
+            self.health.beat("dispatcher")
+            if not self._slots.acquire(timeout=0.5):
+                continue
+            batch = self._batcher.take(timeout_s=0.25)
+            # Overdue frames get their verdict from the judge, which watches the clock.
+            now = time.monotonic()
+            live = tuple(frame for frame in batch.frames if frame.deadline_s > now) if batch is not None else ()
+            if batch is None or not live:
+                self._slots.release()
+                continue
+            try:
+                self._inference.submit(replace(batch, frames=live), self._answered)
+            except Exception:  # this thread's top frame: a fault of ours costs this batch, and says so
+                log.exception("batch not sent", product=batch.product)
+                self._answered([Inference(frame, cause=Cause.TRITON_UNAVAILABLE) for frame in live])
+        self.health.retire("dispatcher")
+
+    def _answered(self, inferences: list[Inference]) -> None:
+        """Take a batch's answers from gRPC's thread."""
+        self._slots.release()
+        for inference in inferences:
+            self._results.put(inference, timeout=1.0)
+
+    # Judge thread
+
+    def _judge_all(self) -> None:
+        while not (self._stop_judge.is_set() and self._results.empty()):
+            self.health.beat("judge")
+            try:
+                inference = self._results.get(timeout=_TICK_S)
+            except queue.Empty:
+                pass
+            else:
+                self._guarded(inference)
+            self._give_up_overdue()
+        self.health.retire("judge")
+
+    def _give_up_overdue(self) -> None:
+        with self._parts_lock:
+            overdue = self._parts.overdue(time.monotonic())
+        for frame in overdue:
+            self._guarded(Inference(frame, cause=Cause.DEADLINE))
+
+    def _guarded(self, inference: Inference) -> None:
+        try:
+            self._judge(inference)
+        except Exception:  # this thread's top frame: a fault of ours costs this part's verdict, and says so
+            log.exception("part not judged", part=inference.frame.part_id)
+
+    def _judge(self, inference: Inference) -> None:
+        """Give a part its verdict, unless it has one: a later answer is counted and dropped."""
+        frame = inference.frame
+        with self._parts_lock:
+            sequence = self._parts.sequence(frame)
+        if sequence is None:
+            self.metrics.late()
+            return
+        calibration = self._manifests[frame.product].calibration
+        verdict = decide(inference, self._thresholds.get(frame.product), calibration)
+        anomaly_map = inference.anomaly_map
+        part = PartVerdict(
+            frame=frame,
+            inference=inference,
+            verdict=verdict,
+            sequence=sequence,
+            decided_s=time.monotonic(),
+            regions=() if anomaly_map is None else regions(anomaly_map, calibration.heatmap.limit),
+            image_ref=self._evidence.reference(inference, verdict.judgement),
+        )
+        self._evidence.keep(part)
+        self._count(part)
+        # A part that waits for an earlier one of its station keeps its numbers and lets go of its pictures.
+        bare = replace(frame, image=None)
+        part = replace(part, frame=bare, inference=replace(inference, frame=bare, anomaly_map=None))
+        with self._parts_lock:
+            released = self._parts.close(part)
+        for ready in released:
+            self._sink.put(*self._encoder.part(ready, decided_at=datetime.now(UTC)))
+
+    def _count(self, part: PartVerdict) -> None:
+        inference = part.inference
+        latency_s = part.decided_s - part.frame.captured_s
+        cause = Cause(part.verdict.reasons[0]) if part.verdict.judgement == "UNINSPECTED" else None
+        self.metrics.verdict(part.frame.camera_id, part.verdict.judgement, cause, latency_s)
+        if inference.sent_s is not None:
+            self.metrics.stage("queue", inference.sent_s - part.frame.captured_s)
+        if inference.sent_s is not None and inference.received_s is not None:
+            self.metrics.stage("inference", inference.received_s - inference.sent_s)
+        if part.verdict.judgement != "OK":
+            log.info(
+                "part",
+                part=part.frame.part_id,
+                verdict=part.verdict.judgement.value,
+                reasons=list(part.verdict.reasons),
+                score=None if inference.scores is None else round(inference.scores.fused, 3),
+                latency_ms=round(latency_s * 1e3, 1),
+            )
+
+
+def read_manifests(config: LineConfig) -> dict[str, Manifest]:
+    """Read the manifest of every product that the line's cameras look at. Raises ConfigError."""
+    return {product: read_manifest(config.triton.models_repo, product) for product in config.products}

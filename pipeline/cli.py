@@ -1,0 +1,387 @@
+"""The command `logicrd`: reads arguments, calls the line, prints, and turns errors into exit codes. No logic.
+
+Exit codes: 0 good, 1 our fault, 2 usage, 3 configuration, 4 a dependency unreachable, 5 a check failed,
+130 interrupted.
+stdout is the answer, stderr the rest; `--json` prints one document (one a line for `verdicts tail`).
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import structlog
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from pipeline import config as configuration
+from pipeline import logs
+from pipeline.app import Line, read_manifests
+from pipeline.errors import CheckError, ConfigError, LineError
+from pipeline.events import schemas
+from pipeline.inference import InferenceClient
+from pipeline.manifest import Manifest, read_manifest
+from pipeline.metrics import LineSnapshot
+from pipeline.screen import draw
+from pipeline.tail import VerdictReader
+from pipeline.thresholds import ThresholdStore
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_CONFIG = Path("deploy/config/line.yaml")
+
+app = typer.Typer(
+    help="LogicRD: cameras in, verdicts out.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+)
+cameras_app = typer.Typer(help="Cameras of the line.", no_args_is_help=True)
+thresholds_app = typer.Typer(help="Limits per product, kept in Redis.", no_args_is_help=True)
+verdicts_app = typer.Typer(help="Verdicts on Kafka.", no_args_is_help=True)
+config_app = typer.Typer(help="The line file.", no_args_is_help=True)
+for name, group in (
+    ("cameras", cameras_app),
+    ("thresholds", thresholds_app),
+    ("verdicts", verdicts_app),
+    ("config", config_app),
+):
+    app.add_typer(group, name=name)
+
+Config = Annotated[Path, typer.Option("--config", "-c", help="The line file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+stdout = Console()
+stderr = Console(stderr=True)
+
+
+def main() -> None:
+    """Run the command and exit with its code."""
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except LineError as error:
+        _complain(error)
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # noqa: BLE001 (the program's top frame)
+        usage = getattr(error, "exit_code", None)  # click's usage errors carry their code
+        if usage is None:
+            stderr.print_exception()
+            sys.exit(1)
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(usage)
+
+
+@app.command()
+def run(
+    config: Config = DEFAULT_CONFIG,
+    seconds: Annotated[float | None, typer.Option(help="Stop after this time.", min=0.1)] = None,
+    until_end: Annotated[bool, typer.Option(help="Stop when every file or folder has been read.")] = True,
+    as_json: Json = False,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "",
+) -> None:
+    """Run the line until its cameras end, the time is up, or Ctrl-C; exit 5 if a verdict did not reach Kafka."""
+    table = stderr.is_terminal and not as_json
+    logs.configure(level=log_level or ("warning" if table else "info"), colour=not configuration.without_colour())
+    line = Line(configuration.load(config))
+    interrupted = _Interrupted()
+    started = time.monotonic()
+    line.start()
+    try:
+        _watch(line, interrupted, started, seconds=seconds, until_end=until_end, table=table)
+    finally:
+        last = line.close()
+    _summarise(last, time.monotonic() - started, as_json=as_json)
+    if last.undelivered:
+        raise CheckError(f"{last.undelivered} verdicts never reached Kafka", hint="see the log for the reason")
+
+
+@app.command()
+def check(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """Try everything a run needs, once: the file, the manifests, Triton's signatures, Redis and Kafka."""
+    logs.configure(level="error")
+    settings = configuration.load(config)
+    manifests = read_manifests(settings)
+    done = [f"line file {config}", *(f"manifest {product}" for product in manifests)]
+    client = InferenceClient(settings.triton, manifests)
+    try:
+        client.start()
+    finally:
+        client.close()
+    done.append(f"Triton at {settings.triton.address}, signatures of {', '.join(manifests)}")
+    store = ThresholdStore(settings.redis)
+    for product in manifests:
+        store.get(product)
+    done.append(f"Redis at {settings.redis.url}")
+    with VerdictReader(settings.kafka, start="now"):
+        done.append(f"Kafka at {', '.join(settings.kafka.bootstrap)}")
+    _answer({"ok": True, "checked": done}, as_json, "\n".join(f"good  {what}" for what in done))
+
+
+@app.command(context_settings=_PASS_ON)
+def stack(context: typer.Context) -> None:
+    """Run Triton, Kafka and Redis on this machine: up, down, status (`logicrd stack up --help`)."""
+    raise typer.Exit(_script("deploy/local/stack.py", context.args))
+
+
+@app.command(context_settings=_PASS_ON)
+def bench(context: typer.Context) -> None:
+    """Measure this machine: `bench line`, `bench serving` (each with --json)."""
+    kinds = {"line", "serving"}
+    if not context.args or context.args[0] not in kinds:
+        raise typer.BadParameter(f"name a benchmark: {', '.join(sorted(kinds))}")
+    raise typer.Exit(_script(f"tests/benchmarks/{context.args[0]}.py", context.args[1:]))
+
+
+@cameras_app.command("list")
+def cameras_list(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """List the cameras of the line file."""
+    rows = [camera.model_dump(mode="json") for camera in configuration.load(config).cameras]
+    _answer(rows, as_json, _table(rows, ["id", "type", "product", "station", "queue_frames", "overflow"]))
+
+
+@cameras_app.command("simulate", context_settings=_PASS_ON)
+def cameras_simulate(context: typer.Context) -> None:
+    """Serve pictures as H.264 over RTSP, as cameras would (`logicrd cameras simulate --help`)."""
+    raise typer.Exit(_script("deploy/local/simulate.py", context.args))
+
+
+@thresholds_app.command("list")
+def thresholds_list(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """Show the limits of every product of the line, and where they come from."""
+    settings = configuration.load(config)
+    store = ThresholdStore(settings.redis)
+    rows = [_threshold_row(store, manifest) for manifest in read_manifests(settings).values()]
+    _answer(rows, as_json, _table(rows, ["product", "ng", "review", "version", "source", "updated_by", "reason"]))
+
+
+@thresholds_app.command("get")
+def thresholds_get(product: str, config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """Show the limits of one product."""
+    settings = configuration.load(config)
+    row = _threshold_row(ThresholdStore(settings.redis), read_manifest(settings.triton.models_repo, product))
+    _answer(row, as_json, "\n".join(f"{key:14} {value}" for key, value in row.items()))
+
+
+@thresholds_app.command("set", context_settings={"ignore_unknown_options": True})
+def thresholds_set(
+    product: str,
+    ng: Annotated[float, typer.Option(help="At this score and above: NG.")],
+    review: Annotated[
+        float | None, typer.Option(help="At this score and above: REVIEW. Default: the same as --ng.")
+    ] = None,
+    reason: Annotated[str, typer.Option(help="Why; kept in the history.")] = "",
+    author: Annotated[str, typer.Option(help="Who; default: the user's name.")] = "",
+    version: Annotated[int | None, typer.Option(help="Refuse unless this version is in force.")] = None,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Set the limits of one product; a running line takes them with the next part."""
+    settings = configuration.load(config)
+    manifest = read_manifest(settings.triton.models_repo, product)
+    store = ThresholdStore(settings.redis)
+    before = _threshold_row(store, manifest)
+    new = store.set(
+        manifest,
+        ng=ng,
+        review=ng if review is None else review,
+        author=author or getpass.getuser(),
+        reason=reason,
+        expected_version=version,
+    )
+    after = _threshold_row(store, manifest)
+    text = (
+        f"{product}: ng {before['ng']} -> {after['ng']}, review {before['review']} -> {after['review']}, version {new}"
+    )
+    _answer({"before": before, "after": after}, as_json, text)
+
+
+@thresholds_app.command("history")
+def thresholds_history(
+    product: str,
+    count: Annotated[int, typer.Option(min=1, max=1000)] = 20,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Show who changed the limits of a product, when and why; newest first."""
+    rows = ThresholdStore(configuration.load(config).redis).history(product, count)
+    _answer(rows, as_json, _table(rows, ["version", "ng", "review", "updated_at", "updated_by", "reason"]))
+
+
+@thresholds_app.command("suggest")
+def thresholds_suggest(product: str, config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+    """Show what the model's validation normals suggest."""
+    manifest = read_manifest(configuration.load(config).triton.models_repo, product)
+    limits = manifest.calibration.thresholds
+    answer = {"product": product, "ng": limits.ng, "review": limits.review, "model_sha256": manifest.model_sha256}
+    _answer(answer, as_json, f"{product}: ng {limits.ng:.4f}, review {limits.review:.4f} (from validation normals)")
+
+
+@verdicts_app.command("tail")
+def verdicts_tail(
+    config: Config = DEFAULT_CONFIG,
+    station: Annotated[str, typer.Option(help="Only this station.")] = "",
+    verdict: Annotated[str, typer.Option(help="Only OK, NG, REVIEW or UNINSPECTED.")] = "",
+    first: Annotated[bool, typer.Option("--from-start", help="From the topic's beginning, not from now.")] = False,
+    idle: Annotated[float | None, typer.Option(help="End after this many seconds of silence.", min=0.1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document a line.")] = False,
+) -> None:
+    """Print part verdicts as a MES reads them, until Ctrl-C."""
+    wanted = verdict.upper()
+    if wanted not in {"", "OK", "NG", "REVIEW", "UNINSPECTED"}:
+        raise typer.BadParameter(f"--verdict {verdict}: choose OK, NG, REVIEW or UNINSPECTED")
+    settings = configuration.load(config)
+    with VerdictReader(settings.kafka, start="first" if first else "now") as reader:
+        for event in reader.read(idle_s=idle):
+            data = event.get("data", {})
+            if (station and data.get("station") != station) or (wanted and data.get("verdict") != wanted):
+                continue
+            sys.stdout.write((json.dumps(event) if as_json else _verdict_line(event)) + "\n")
+            sys.stdout.flush()
+
+
+@config_app.command("show")
+def config_show(config: Config = DEFAULT_CONFIG) -> None:
+    """Print the line file as it is understood: defaults and environment included, paths resolved."""
+    sys.stdout.write(configuration.load(config).model_dump_json(indent=2) + "\n")
+
+
+@config_app.command("schema")
+def config_schema(
+    wire: Annotated[bool, typer.Option(help="The schemas of the events instead.")] = False,
+) -> None:
+    """Print the JSON Schema of the line file, for editors and charts."""
+    sys.stdout.write(json.dumps(schemas() if wire else configuration.schema(), indent=2) + "\n")
+
+
+class _Interrupted:
+    """True after the first Ctrl-C or SIGTERM, which asks for a drain; the second one ends at once."""
+
+    def __init__(self) -> None:
+        self._set = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def __bool__(self) -> bool:
+        return self._set
+
+    def _handle(self, number: int, frame: object) -> None:
+        del number, frame
+        if self._set:
+            raise KeyboardInterrupt
+        self._set = True
+
+
+def _watch(
+    line: Line, interrupted: _Interrupted, started: float, *, seconds: float | None, until_end: bool, table: bool
+) -> None:
+    """Keep the live table going until the run is over."""
+    before, before_at = line.snapshot(), started
+    rates: dict[str, float] = {}
+    with Live(console=stderr, auto_refresh=False, transient=True) if table else nullcontext() as live:
+        while not interrupted and not (until_end and line.finished):
+            now = time.monotonic()
+            if seconds is not None and now - started >= seconds:
+                return
+            if now - before_at >= 1.0:
+                current = line.snapshot()
+                rates = {
+                    new.camera_id: (new.frames - old.frames) / (now - before_at)
+                    for new, old in zip(current.cameras, before.cameras, strict=True)
+                }
+                before, before_at = current, now
+                if live is not None:
+                    live.update(draw(current, rates, elapsed_s=now - started), refresh=True)
+            time.sleep(0.1)
+
+
+def _summarise(last: LineSnapshot, elapsed_s: float, *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps({"elapsed_s": round(elapsed_s, 2), **asdict(last)}) + "\n")
+        return
+    rates = {camera.camera_id: camera.frames / elapsed_s for camera in last.cameras}
+    stdout.print(draw(last, rates, elapsed_s=elapsed_s))
+
+
+def _complain(error: LineError) -> None:
+    stderr.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if error.hint:
+        stderr.print(f"hint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _threshold_row(store: ThresholdStore, manifest: Manifest) -> dict[str, Any]:
+    """Show a product's limits as the line would take them."""
+    fields = store.get(manifest.product)
+    if not fields or fields.get("model_sha256") != manifest.model_sha256:
+        limits = manifest.calibration.thresholds
+        note = "set for another model; not used" if fields else ""
+        return {
+            "product": manifest.product,
+            "ng": round(limits.ng, 4),
+            "review": round(limits.review, 4),
+            "version": 0,
+            "source": "manifest",
+            "updated_by": "",
+            "updated_at": "",
+            "reason": note,
+        }
+    shown = {key: fields.get(key, "") for key in ("ng", "review", "version")}
+    rest = {key: fields.get(key, "") for key in ("updated_by", "updated_at", "reason")}
+    return {"product": manifest.product, **shown, "source": "redis", **rest}
+
+
+def _verdict_line(event: dict[str, Any]) -> str:
+    if "error" in event:
+        return f"{event['key'] or '-':24} {event['error']} (partition {event['partition']}, offset {event['offset']})"
+    data = event["data"]
+    fused = (data["views"][0]["scores"] or {}).get("fused") if data["views"] else None
+    score = "-" if fused is None else f"{fused:.3f}"
+    threshold = data["threshold"]
+    limit = "-" if threshold is None else f"{threshold['ng']:.3f} v{threshold['version']}"
+    clock = event["attributes"]["time"][11:23]
+    return (
+        f"{clock}  {event['key'] or '-':22} #{data['sequence']:<6} {data['verdict']:11} {data['partId']:32} "
+        f"score {score:>8} / {limit:14} {','.join(data['reasonCodes'])}"
+    )
+
+
+def _script(path: str, arguments: list[str]) -> int:
+    """Run one of the checkout's own scripts with this Python; Ctrl-C reaches it directly."""
+    script = ROOT / path
+    if not script.is_file():
+        raise ConfigError(f"{script} is not there", hint="this command works from a checkout of the project")
+    process = subprocess.Popen([sys.executable, str(script), *arguments])
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            structlog.get_logger(__name__).debug("interrupted; waiting for the script to end")
+
+
+def _answer(document: Any, as_json: bool, text: str | Table) -> None:  # noqa: ANN401
+    if as_json:
+        sys.stdout.write(json.dumps(document) + "\n")
+    elif isinstance(text, str):
+        sys.stdout.write(text + "\n")
+    else:
+        stdout.print(text)
+
+
+def _table(rows: list[dict[str, Any]], columns: list[str]) -> Table:
+    table = Table(header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(str(row.get(column, "")) for column in columns))
+    return table

@@ -1,0 +1,135 @@
+"""Pictures kept for review: overlays of what was not OK, and, when asked, every frame as it went to the model.
+
+Written by one thread from a bounded queue; a full queue or disk costs pictures, never verdicts, and is counted and
+said. The name of a picture is known before it is written, so that the verdict can point to it.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import threading
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+
+import cv2
+import numpy as np
+import structlog
+
+from pipeline.config import Evidence as EvidenceSettings
+from pipeline.health import Health
+from pipeline.heatmap import overlay
+from pipeline.manifest import Manifest
+from pipeline.types import Image, Inference, Judgement, PartVerdict
+
+_STAGE = "evidence"
+_QUEUE_LENGTH = 64
+_PANEL_HEIGHT = 320
+
+log = structlog.get_logger(__name__)
+
+
+class Evidence:
+    """The picture store; `keep` from one thread, never blocking."""
+
+    def __init__(self, settings: EvidenceSettings, manifests: Mapping[str, Manifest], health: Health) -> None:
+        self._settings = settings
+        self._manifests = manifests
+        self._health = health
+        self._queue: queue.Queue[tuple[Path, Inference, str]] = queue.Queue(_QUEUE_LENGTH)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=_STAGE, daemon=True)
+        self._written: deque[Path] = deque()
+        self.dropped = 0
+
+    def start(self) -> None:
+        """Make the folder and begin to write; does nothing when no folder is set. Raises OSError."""
+        if self._settings.dir is None:
+            return
+        self._settings.dir.mkdir(parents=True, exist_ok=True)
+        known = (path for path in self._settings.dir.glob("*/*") if path.is_file())
+        self._written.extend(sorted(known, key=lambda path: path.stat().st_mtime))
+        self._thread.start()
+
+    def reference(self, inference: Inference, judgement: Judgement) -> str | None:
+        """Name the picture that will be kept of a frame, relative to the folder; None when none is."""
+        wanted = judgement in {Judgement.NG, Judgement.REVIEW} or self._settings.keep == "all"
+        if self._settings.dir is None or inference.frame.image is None or not wanted:
+            return None
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", inference.frame.part_id)[:100]
+        kind = "jpg" if judgement in {Judgement.NG, Judgement.REVIEW} else "png"
+        return f"{inference.frame.camera_id}/{name}.{judgement.value}.{kind}"
+
+    def keep(self, part: PartVerdict) -> None:
+        """Hand a part's picture over, if one is kept of it."""
+        if part.image_ref is None or self._settings.dir is None:
+            return
+        try:
+            self._queue.put_nowait((self._settings.dir / part.image_ref, part.inference, _title(part)))
+        except queue.Full:
+            self.dropped += 1
+            log.warning("picture not kept: the disk is slower than the line", dropped=self.dropped)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Write what is queued, then end."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while not (self._stop.is_set() and self._queue.empty()):
+            self._health.beat(_STAGE)
+            try:
+                path, inference, title = self._queue.get(timeout=0.25)
+            except queue.Empty:
+                continue
+            try:
+                self._write(path, inference, title)
+            except OSError as error:
+                self.dropped += 1
+                log.error("picture not written", path=str(path), error=str(error), dropped=self.dropped)
+            except Exception:  # the thread's top frame: one picture must not stop the others
+                log.exception("picture not drawn", path=str(path))
+        self._health.retire(_STAGE)
+
+    def _write(self, path: Path, inference: Inference, title: str) -> None:
+        image = inference.frame.image
+        if image is None:
+            return
+        if path.suffix == ".jpg":
+            self._save(path, self._panel(image, inference, title))
+        if self._settings.keep == "all":
+            self._save(path.with_suffix(".png"), image)
+        while len(self._written) > self._settings.max_files:
+            self._written.popleft().unlink(missing_ok=True)
+
+    def _save(self, path: Path, picture: Image) -> None:
+        """Write a picture whole or not at all. Raises OSError."""
+        encoded, data = cv2.imencode(path.suffix, picture[..., ::-1])
+        if not encoded:
+            raise OSError("the picture cannot be encoded")
+        path.parent.mkdir(exist_ok=True)
+        fresh = path.with_suffix(path.suffix + ".new")
+        fresh.write_bytes(data.tobytes())
+        fresh.replace(path)
+        self._written.append(path)
+
+    def _panel(self, image: Image, inference: Inference, title: str) -> Image:
+        """Put the picture, its heat map and one line of text side by side."""
+        scale = self._manifests[inference.frame.product].calibration.heatmap
+        heat = image if inference.anomaly_map is None else overlay(image, inference.anomaly_map, scale)
+        width = round(_PANEL_HEIGHT * 4 / 3)
+        pair = [cv2.resize(part, (width, _PANEL_HEIGHT), interpolation=cv2.INTER_LINEAR) for part in (image, heat)]
+        text = np.full((28, 2 * width, 3), 32, np.uint8)
+        cv2.putText(text, title, (8, 19), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (230, 230, 230), 1, cv2.LINE_AA)
+        panel: Image = np.concatenate([np.concatenate(pair, axis=1), text], axis=0).astype(np.uint8)
+        return panel
+
+
+def _title(part: PartVerdict) -> str:
+    scores, threshold = part.inference.scores, part.verdict.threshold
+    score = f"score {scores.fused:.2f}" if scores is not None else "no score"
+    limit = f"ng {threshold.ng:.2f} v{threshold.version}" if threshold is not None else "no threshold"
+    why = ", ".join(part.verdict.reasons)
+    return f"{part.verdict.judgement}  {part.frame.product}  {part.frame.part_id}   {score} / {limit}   {why}"

@@ -1,0 +1,199 @@
+"""One supervised reader a camera: opens it, stamps each frame, brings it to model size, hands it over.
+
+A camera that is lost is opened again with growing pauses, one log line a change of state; a picture that cannot be used
+becomes a frame with a cause, so that its part gets a verdict. Never decides, never queues. Started by `app`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import cv2
+import structlog
+
+from pipeline.config import Camera, RtspCamera
+from pipeline.errors import FrameError, SourceError
+from pipeline.health import Health
+from pipeline.metrics import Metrics
+from pipeline.sources import Source, open_source
+from pipeline.types import CameraState, Cause, Frame, Image, Picture
+
+FIRST_PAUSE_S = 0.5
+
+log = structlog.get_logger(__name__)
+
+
+def to_model_size(image: Image, height: int, width: int) -> Image:
+    """Resize HWC uint8 RGB to the model's size: preprocessing `resize-area-v1`, as in training/data.py."""
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """What a reader needs of the line: where frames go, when there is room, and whom to tell.
+
+    `announce(camera_id, state, reason)` is called once a change of state; `run` names this run in generated part ids.
+    """
+
+    accept: Callable[[Frame], None]
+    wait_for_room: Callable[[str, float], bool]
+    announce: Callable[[str, CameraState, str], None]
+    metrics: Metrics
+    health: Health
+    run: str
+    budget_s: float
+
+
+class CameraReader:
+    """The thread of one camera."""
+
+    def __init__(self, camera: Camera, model_size: tuple[int, int], line: Handover) -> None:
+        self._camera = camera
+        self._model_size = model_size
+        self._line = line
+        self._stop = threading.Event()
+        self._number = 0
+        self._round = 0
+        self._state = CameraState.CONNECTING
+        self._stage = f"camera {camera.id}"
+        self._thread = threading.Thread(target=self._run, name=self._stage, daemon=True)
+
+    @property
+    def finished(self) -> bool:
+        """Whether this camera will give no more frames."""
+        return self._state in {CameraState.ENDED, CameraState.FAILED}
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask the reader to end; it does after the read under way."""
+        self._stop.set()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the reader's end; False when it is still in a read."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._supervise()
+        except Exception:  # the thread's top frame: a fault of ours ends this camera, says so, and no other
+            log.exception("camera reader failed", camera=self._camera.id)
+            self._change(CameraState.FAILED, "internal")
+        finally:
+            self._line.health.retire(self._stage)
+
+    def _supervise(self) -> None:
+        pause_s = FIRST_PAUSE_S
+        while not self._stop.is_set():
+            self._line.health.beat(self._stage)
+            frames_before = self._number
+            error = self._read_once()
+            if error is None and not isinstance(self._camera, RtspCamera):
+                if not self._camera.loop:
+                    self._change(CameraState.ENDED)
+                    return
+                self._round += 1
+                continue
+            if error is not None and error.final:
+                self._change(CameraState.FAILED, error.reason, str(error), error.hint)
+                return
+            if self._stop.is_set():
+                return
+            reason, text, hint = (error.reason, str(error), error.hint) if error else ("stream_ended", "", "")
+            self._change(CameraState.LOST, reason, text, hint)
+            pause_s = FIRST_PAUSE_S if self._number > frames_before else min(pause_s * 2, self._longest_pause_s())
+            self._stop.wait(pause_s)
+
+    def _longest_pause_s(self) -> float:
+        return self._camera.retry_max_s if isinstance(self._camera, RtspCamera) else FIRST_PAUSE_S
+
+    def _read_once(self) -> SourceError | None:
+        """Read from opening to the end or the loss of the source; gives the reason of a loss."""
+        try:
+            with open_source(self._camera) as source:
+                self._read_all(source)
+        except SourceError as error:
+            return error
+        return None
+
+    def _read_all(self, source: Source) -> None:
+        next_due = time.monotonic()
+        while not self._stop.is_set():
+            self._line.health.beat(self._stage)
+            if not self._line.wait_for_room(self._camera.id, 0.5):
+                continue
+            if (rate := getattr(self._camera, "rate", 0.0)) > 0:
+                if self._stop.wait(max(0.0, next_due - time.monotonic())):
+                    return
+                next_due = max(next_due + 1 / rate, time.monotonic() - 1 / rate)
+            try:
+                picture = source.read()
+            except FrameError as error:
+                self._hand_over_fault(error)
+                continue
+            if picture is None:
+                return
+            self._hand_over(picture)
+
+    def _hand_over(self, picture: Picture) -> None:
+        self._change(CameraState.STREAMING)
+        expected = self._camera.picture_size
+        height, width = picture.image.shape[:2]
+        if expected is not None and expected != [width, height]:
+            wrong = f"picture is {width} x {height}, `picture_size` says {expected[0]} x {expected[1]}"
+            self._hand_over_fault(
+                FrameError(wrong, part_id=picture.part_id, part_id_source=picture.part_id_source), picture
+            )
+            return
+        image = to_model_size(picture.image, *self._model_size)
+        self._accept(image, picture.captured_at, picture.captured_s, picture.part_id, picture.part_id_source)
+
+    def _hand_over_fault(self, error: FrameError, picture: Picture | None = None) -> None:
+        log.warning("frame not usable", camera=self._camera.id, cause=Cause.FRAME_CORRUPT.value, error=str(error))
+        captured_at = picture.captured_at if picture is not None else datetime.now(UTC)
+        captured_s = picture.captured_s if picture is not None else time.monotonic()
+        self._accept(None, captured_at, captured_s, error.part_id, error.part_id_source)
+
+    def _accept(
+        self,
+        image: Image | None,
+        captured_at: datetime,
+        captured_s: float,
+        part_id: str | None,
+        part_id_source: str | None,
+    ) -> None:
+        self._number += 1
+        if part_id is not None and self._round:
+            part_id = f"{part_id}#{self._round}"
+        frame = Frame(
+            camera_id=self._camera.id,
+            station=self._camera.station,
+            product=self._camera.product,
+            number=self._number,
+            part_id=part_id or f"{self._camera.id}-{self._line.run}-{self._number}",
+            part_id_source=part_id_source or "generated",
+            captured_at=captured_at,
+            captured_s=captured_s,
+            deadline_s=captured_s + self._line.budget_s,
+            image=image,
+            cause=Cause.FRAME_CORRUPT if image is None else None,
+        )
+        self._line.metrics.stage("ingest", time.monotonic() - captured_s)
+        self._line.accept(frame)
+
+    def _change(self, state: CameraState, reason: str = "", text: str = "", hint: str = "") -> None:
+        if state is self._state:
+            return
+        self._state = state
+        self._line.metrics.camera_state(self._camera.id, state, reason)
+        self._line.announce(self._camera.id, state, reason)
+        bad = state in {CameraState.LOST, CameraState.FAILED}
+        extra = {key: value for key, value in {"reason": reason, "error": text, "hint": hint}.items() if value}
+        (log.warning if bad else log.info)("camera " + state.value, camera=self._camera.id, **extra)

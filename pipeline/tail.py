@@ -1,0 +1,87 @@
+"""Verdicts as a MES reads them: a plain consumer on the verdict topic, decoded and filtered.
+
+Used by `logicrd verdicts tail` and by tests that must not trust the worker's own account. Commits no offsets.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Literal
+
+from kafka import KafkaConsumer
+from kafka.errors import KafkaError
+from kafka.structs import TopicPartition
+
+from pipeline.config import Kafka as KafkaSettings
+from pipeline.errors import DependencyError
+from pipeline.events import decode
+
+
+class VerdictReader:
+    """Reads one of the line's topics, from its start or from now on."""
+
+    def __init__(self, settings: KafkaSettings, *, topic: str = "verdict.v1", start: Literal["first", "now"]) -> None:
+        self._settings = settings
+        self._topic = f"{settings.topic_prefix}.{topic}"
+        self._start = start
+        self._consumer: KafkaConsumer | None = None
+
+    def __enter__(self) -> VerdictReader:
+        """Connect, and fix where reading begins. Raises DependencyError."""
+        try:
+            consumer = KafkaConsumer(
+                bootstrap_servers=self._settings.bootstrap,
+                group_id=None,
+                enable_auto_commit=False,
+                bootstrap_timeout_ms=int(self._settings.startup_timeout_s * 1e3),
+                allow_auto_create_topics=False,
+            )
+            partitions = consumer.partitions_for_topic(self._topic)
+            if not partitions:
+                consumer.close()
+                raise DependencyError(f"Kafka has no topic {self._topic}", hint="`logicrd stack up` makes it")
+            consumer.assign([TopicPartition(self._topic, partition) for partition in sorted(partitions)])
+            if self._start == "first":
+                consumer.seek_to_beginning()
+            else:
+                consumer.seek_to_end()
+            for partition in consumer.assignment():
+                consumer.position(partition)
+        except KafkaError as error:
+            servers = ", ".join(self._settings.bootstrap)
+            raise DependencyError(f"Kafka at {servers}: {error}", hint="start it: `logicrd stack up`") from None
+        self._consumer = consumer
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._consumer is not None:
+            self._consumer.close()
+
+    def read(self, *, idle_s: float | None = None) -> Iterator[dict[str, Any]]:
+        """Yield events as `{"attributes", "data", "key", "partition", "offset"}` until none came for `idle_s`.
+
+        What is no event of ours comes as `{"error": ...}`: shown, never skipped in silence.
+        """
+        assert self._consumer is not None  # noqa: S101 (set by __enter__)
+        last_s = time.monotonic()
+        while idle_s is None or time.monotonic() - last_s < idle_s:
+            for records in self._consumer.poll(timeout_ms=250).values():
+                for record in records:
+                    last_s = time.monotonic()
+                    yield _event(record)
+
+
+def _event(record: Any) -> dict[str, Any]:  # noqa: ANN401 (the library's record has no public type)
+    place = {
+        "key": record.key.decode("utf-8", "replace") if record.key else None,
+        "partition": record.partition,
+        "offset": record.offset,
+    }
+    try:
+        return {**decode(record.value or b"", dict(record.headers)), **place}
+    except ValueError as error:
+        return {"error": f"not an event of this line: {error}", **place}

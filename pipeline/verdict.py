@@ -1,0 +1,64 @@
+"""The decision: scores and a threshold become a verdict with its reason. No clock, no client, no state.
+
+The only place where a score meets a limit. NaN compares false with everything, so a score that is not finite is refused
+before it meets one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import cv2
+import numpy as np
+
+from pipeline.manifest import Calibration
+from pipeline.types import AnomalyMap, Cause, Inference, Judgement, Region, Scores, Threshold, Verdict
+
+MAX_REGIONS = 8
+
+
+def decide(inference: Inference, threshold: Threshold | None, calibration: Calibration) -> Verdict:
+    """Judge one frame.
+
+    Reasons are codes: for UNINSPECTED its cause; for NG and REVIEW the limit that was met and the branch that says
+    more (`anomaly_map`: something looks wrong in one place; `global_statistics`: the whole is not as it should be).
+    """
+    cause = inference.cause or inference.frame.cause
+    if cause is None and threshold is None:
+        cause = Cause.THRESHOLD_MISSING
+    scores = inference.scores
+    if cause is None and (scores is None or not _finite(scores)):
+        cause = Cause.SCORE_NOT_FINITE
+    if cause is not None or scores is None or threshold is None:
+        return Verdict(Judgement.UNINSPECTED, ((cause or Cause.SCORE_NOT_FINITE).value,), threshold)
+    if scores.fused >= threshold.ng:
+        return Verdict(Judgement.NG, ("score_above_ng", _branch(scores, calibration)), threshold)
+    if scores.fused >= threshold.review:
+        return Verdict(Judgement.REVIEW, ("score_above_review", _branch(scores, calibration)), threshold)
+    return Verdict(Judgement.OK, (), threshold)
+
+
+def regions(anomaly_map: AnomalyMap, limit: float) -> tuple[Region, ...]:
+    """Find the connected areas of an (h, w) map above `limit`, strongest first, at most `MAX_REGIONS`."""
+    height, width = anomaly_map.shape
+    above = (anomaly_map > limit).astype(np.uint8)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(above, connectivity=8)
+    found = [
+        Region(
+            (round(x / width, 4), round(y / height, 4), round(w / width, 4), round(h / height, 4)),
+            float(anomaly_map[labels == label].max()),
+        )
+        for label, (x, y, w, h, _) in zip(range(1, count), stats[1:].tolist(), strict=True)
+    ]
+    return tuple(sorted(found, key=lambda region: -region.peak)[:MAX_REGIONS])
+
+
+def _finite(scores: Scores) -> bool:
+    return all(math.isfinite(value) for value in (scores.fused, scores.map, scores.mahalanobis))
+
+
+def _branch(scores: Scores, calibration: Calibration) -> str:
+    fusion = calibration.fusion
+    z_map = (scores.map - fusion.map_mean) / fusion.map_std
+    z_global = fusion.weight * (scores.mahalanobis - fusion.mahalanobis_mean) / fusion.mahalanobis_std
+    return "anomaly_map" if z_map >= z_global else "global_statistics"
