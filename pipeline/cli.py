@@ -385,3 +385,7 @@ def _table(rows: list[dict[str, Any]], columns: list[str]) -> Table:
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in columns))
     return table
+
+
+if __name__ == "__main__":
+    main()
