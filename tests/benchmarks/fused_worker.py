@@ -1,9 +1,9 @@
 """Times one ONNX file in ONNX Runtime: the limit that `serving.py` and `line.py` measure the served ensemble against.
 
-Runs in the environment that has onnxruntime (`.venv-triton`), as a process of its own, so that the measured client never
-imports it. Reads one JSON request a line on standard input, `{"batch": 8, "images": 32}`, and answers one JSON line:
-`{"seconds": [...]}`, the wall time of each run. ONNX Runtime keeps its own defaults (spinning threads included): it is
-the best case, alone on the machine while it is asked.
+Runs in the environment that has onnxruntime (`.venv-triton`), as a process of its own, so that the measured client
+never imports it. Reads one JSON request a line on standard input, `{"batch": 8, "images": 32}`, and answers each with
+one line, `{"seconds": [...]}`: the wall time of each run. ONNX Runtime keeps its own defaults (spinning threads
+included): it is the best case, alone on the machine while it is asked.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measures what serving costs: the Triton ensemble of a product against the same network as one fused ONNX graph.
 
-Run by `logicrd bench serving`, or by hand against a running stack. Both sides are asked in turn, round after round, so a
-busy moment of the machine falls on both; figures are medians over rounds. It starts no server and judges nothing: it
+Run by `logicrd bench serving`, or by hand against a running stack. Both sides are asked in turn, round after round, so
+a busy moment of the machine falls on both; figures are medians over rounds. It starts no server and judges nothing: it
 prints. `--fused` is the file that `logicrd-train export --fused` writes. Needs nothing else busy on the machine.
 """
 
@@ -72,11 +72,12 @@ class Ensemble:
         try:
             metadata = self._client.get_model_metadata(self._product, client_timeout=REQUEST_TIMEOUT_S)
         except InferenceServerException as error:
-            raise BenchmarkError(f"product '{self._product}': {error.message()}; `stack.py status` shows the server") from error
+            remedy = "`logicrd stack status` shows the server"
+            raise BenchmarkError(f"product '{self._product}': {error.message()}; {remedy}") from error
         return tuple(int(size) for size in metadata.inputs[0].shape[1:])
 
     def measure(self, images: Any, in_flight: int, requests: int) -> tuple[float, list[float]]:
-        """Send `requests` times the batch `images`, at most `in_flight` at once: (wall seconds, each request's seconds)."""
+        """Send the batch `images` so often, at most `in_flight` at once: (wall seconds, each request's seconds)."""
         tensor = triton.InferInput("image", list(images.shape), "UINT8").set_data_from_numpy(images)
         done: queue.Queue[tuple[float, Any]] = queue.Queue()
         latencies: list[float] = []
@@ -127,7 +128,10 @@ class FusedGraph:
     def __init__(self, python: Path, path: Path, threads: int) -> None:
         worker = Path(__file__).with_name("fused_worker.py")
         self._process = subprocess.Popen(
-            [str(python), str(worker), str(path), str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [str(python), str(worker), str(path), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self._read()
 
@@ -211,9 +215,10 @@ def report(rounds: Rounds, product: str, has_fused: bool) -> dict[str, Any]:
         fused = {f"batch{batch}": cell.summary() for batch, cell in rounds.fused.items()}
         best_fused = max(cell["images_per_s"] for cell in fused.values())
         single = ensemble["batch1_in_flight1"]["latency_p50_ms"] / fused["batch1"]["latency_p50_ms"]
+        batch8 = ensemble["batch8_in_flight1"]["images_per_s"] / fused["batch8"]["images_per_s"]
         document["fused"] = fused
         document["ratios"] = {
-            "throughput_batch8": round(ensemble["batch8_in_flight1"]["images_per_s"] / fused["batch8"]["images_per_s"], 3),
+            "throughput_batch8": round(batch8, 3),
             "throughput_batch8_in_flight2": round(ensemble["batch8_in_flight2"]["images_per_s"] / best_fused, 3),
             "throughput_single_in_flight4": round(ensemble["batch1_in_flight4"]["images_per_s"] / best_fused, 3),
             "latency_single": round(single, 3),
@@ -223,7 +228,8 @@ def report(rounds: Rounds, product: str, has_fused: bool) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
         "cores": len(os.sched_getaffinity(0)),
         "cpu": names[0] if names else platform.machine(),
@@ -236,7 +242,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--product", help="ensemble to measure (default: the first one served)")
     parser.add_argument("--fused", type=Path, help="fused ONNX graph of the same product")
     parser.add_argument("--state-dir", type=Path, default=ROOT / ".stack", help="state folder of the running stack")
-    parser.add_argument("--python", type=Path, default=ROOT / ".venv-triton/bin/python", help="a Python with onnxruntime")
+    parser.add_argument("--python", type=Path, default=ROOT / ".venv-triton/bin/python", help="has onnxruntime")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--images", type=int, default=32, help="images in each cell of a round")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -281,8 +287,10 @@ def _print_table(document: dict[str, Any]) -> None:
     print(f"{document['product']} on {document['machine']['cores']} cores, {document['machine']['cpu']}")
     for side in ("fused", "ensemble"):
         for name, cell in document.get(side, {}).items():
-            print(f"  {side:<9}{name:<18}{cell['images_per_s']:8.2f} images/s  p50 {cell['latency_p50_ms']:8.2f} ms  "
-                  f"p99 {cell['latency_p99_ms']:8.2f} ms")
+            print(
+                f"  {side:<9}{name:<18}{cell['images_per_s']:8.2f} images/s  p50 {cell['latency_p50_ms']:8.2f} ms  "
+                f"p99 {cell['latency_p99_ms']:8.2f} ms"
+            )
     for name, ratio in document.get("ratios", {}).items():
         print(f"  ratio    {name:<28}{ratio:6.3f}")
 

@@ -1,9 +1,9 @@
-"""The `onnxruntime` backend of the embedded Triton server: runs `<version>/model.onnx` in the onnxruntime package, on CPU.
+"""The `onnxruntime` backend of the embedded Triton server: runs `<version>/model.onnx` in the onnxruntime package.
 
-Triton's own onnxruntime backend is compiled for its container only; this file stands in for it on a machine that has just
-the Python backend, so that one model repository serves both. It never changes a tensor and never reads another model.
-Triton's Python stub imports it once a model instance. Model parameter read from config.pbtxt: `intra_op_thread_count`
-(as in the compiled backend; default: all cores).
+Triton's own onnxruntime backend is compiled for its container only; this file stands in for it on a machine that has
+just the Python backend, so that one model repository serves both. It never changes a tensor and never reads another
+model. Triton's Python stub imports it once a model instance. Model parameter read from config.pbtxt:
+`intra_op_thread_count` (as in the compiled backend; default: all cores).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-not-found, unused-ignore]
@@ -21,6 +21,11 @@ import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 # fast as one over 8, so requests are joined only up to this many images.
 JOIN_UP_TO = 4
 
+# Objects of Triton's stub and of onnxruntime, neither of which has types.
+Request: TypeAlias = Any
+Response: TypeAlias = Any
+Array: TypeAlias = np.ndarray[Any, Any]
+
 
 class TritonPythonModel:
     """One model instance: one onnxruntime session in one process."""
@@ -29,21 +34,22 @@ class TritonPythonModel:
         """Open the session. Triton reports what is raised here as the model's load error."""
         config = json.loads(args["model_config"])
         path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
-        self._session = ort.InferenceSession(os.fspath(path), _session_options(config), providers=["CPUExecutionProvider"])
+        providers = ["CPUExecutionProvider"]
+        self._session = ort.InferenceSession(os.fspath(path), _session_options(config), providers=providers)
         self._input_names = [tensor["name"] for tensor in config["input"]]
         self._output_names = [tensor["name"] for tensor in config["output"]]
         self._batched = int(config["max_batch_size"]) > 0
 
-    def execute(self, requests: list[Any]) -> list[Any]:
+    def execute(self, requests: list[Request]) -> list[Response]:
         """Answer every request, in order; a request that cannot be run gets its own error, the others their tensors."""
-        responses: list[Any] = []
+        responses: list[Response] = []
         for group in self._groups(requests):
             responses.extend(self._run(group))
         return responses
 
-    def _groups(self, requests: list[Any]) -> list[list[Any]]:
+    def _groups(self, requests: list[Request]) -> list[list[Request]]:
         """Cut the requests into runs: neighbours with equal shapes together, at most JOIN_UP_TO images a run."""
-        groups: list[list[Any]] = []
+        groups: list[list[Request]] = []
         size, shape = 0, None
         for request in requests:
             first = pb_utils.get_input_tensor_by_name(request, self._input_names[0]).shape()
@@ -56,7 +62,7 @@ class TritonPythonModel:
                 size, shape = images, first[1:]
         return groups
 
-    def _run(self, group: list[Any]) -> list[Any]:
+    def _run(self, group: list[Request]) -> list[Response]:
         """One session run for one or several requests. Inputs of a single request are read in place, without a copy."""
         feeds = {name: _joined(group, name) for name in self._input_names}
         try:
@@ -68,14 +74,15 @@ class TritonPythonModel:
             return [self._response(outputs)]
         return [self._response(part) for part in _split(outputs, [self._images(request) for request in group])]
 
-    def _images(self, request: Any) -> int:
+    def _images(self, request: Request) -> int:
         return int(pb_utils.get_input_tensor_by_name(request, self._input_names[0]).shape()[0])
 
-    def _response(self, outputs: list[Any]) -> Any:
-        return pb_utils.InferenceResponse([pb_utils.Tensor(n, o) for n, o in zip(self._output_names, outputs, strict=True)])
+    def _response(self, outputs: list[Array]) -> Response:
+        named = zip(self._output_names, outputs, strict=True)
+        return pb_utils.InferenceResponse([pb_utils.Tensor(name, output) for name, output in named])
 
 
-def _session_options(config: dict[str, Any]) -> Any:
+def _session_options(config: dict[str, Any]) -> ort.SessionOptions:
     """Session options for several sessions on the same few cores: threads that sleep when idle, never spin."""
     options = ort.SessionOptions()
     parameters = config.get("parameters", {})
@@ -90,12 +97,12 @@ def _session_options(config: dict[str, Any]) -> Any:
     return options
 
 
-def _joined(group: list[Any], name: str) -> Any:
-    arrays = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for request in group]
+def _joined(group: list[Request], name: str) -> Array:
+    arrays: list[Array] = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for request in group]
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _split(outputs: list[Any], sizes: list[int]) -> list[list[Any]]:
+def _split(outputs: list[Array], sizes: list[int]) -> list[list[Array]]:
     """Cut each output along the batch axis into pieces of the given sizes."""
     edges = np.cumsum(sizes)[:-1]
     return [list(parts) for parts in zip(*(np.split(output, edges) for output in outputs), strict=True)]
