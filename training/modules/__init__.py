@@ -1,0 +1,1 @@
+"""Parts of the networks, one concept a file; built and joined by the methods beside this package."""

@@ -1,0 +1,81 @@
+"""Settings of fitting, calibration and pre-training, read from YAML and checked on load.
+
+Reads the one file it is given and never the environment. Unknown keys are refused with their path.
+Called by `cli`; the values travel down as frozen models.
+"""
+
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from training.errors import ConfigError
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CalibrationConfig(_Settings):
+    """How far above the validation normals the suggested limits lie, in standard deviations of their scores."""
+
+    # Sixty normals cannot show a 1-in-1000 quantile, so the limit is extrapolated from their spread instead.
+    ng_sigma: Annotated[float, Field(gt=0)] = 3.0
+    review_sigma: Annotated[float, Field(gt=0)] = 2.0
+    mahalanobis_weight: Annotated[float, Field(ge=0)] = 1.0
+
+
+class FitConfig(_Settings):
+    """One training run of reverse distillation; the defaults are the official recipe at the demo's width and budget."""
+
+    # Channels of the one-class embedding: 512 is the published size for ResNet18, 256 halves the weights.
+    width: Annotated[int, Field(ge=8, le=2048)] = 512
+    image_size: Annotated[int, Field(ge=64, le=1024, multiple_of=32)] = 256
+    batch_size: Annotated[int, Field(ge=2, le=256)] = 16
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-3
+    max_steps: Annotated[int, Field(ge=1)] = 2000
+    # Wall-clock budget; whichever of steps, minutes and plateau comes first ends the run.
+    max_minutes: Annotated[float, Field(gt=0)] = 60.0
+    # Steps between two looks at the validation loss, and how many looks without progress end the run.
+    validate_every: Annotated[int, Field(ge=1)] = 50
+    patience: Annotated[int, Field(ge=1)] = 6
+    seed: int = 111
+    threads: Annotated[int, Field(ge=1, le=256)] | None = None
+    calibration: CalibrationConfig = CalibrationConfig()
+
+
+class PretrainConfig(_Settings):
+    """One pre-training run of the teacher on drawn pictures."""
+
+    picture_size: Annotated[int, Field(ge=64, le=256, multiple_of=16)] = 112
+    batch_size: Annotated[int, Field(ge=2, le=512)] = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    minutes: Annotated[float, Field(gt=0)] = 20.0
+    max_steps: Annotated[int, Field(ge=1)] = 1_000_000
+    seed: int = 7
+    threads: Annotated[int, Field(ge=1, le=256)] | None = None
+
+
+SettingsT = TypeVar("SettingsT", FitConfig, PretrainConfig)
+
+
+def load_config(kind: type[SettingsT], path: Path) -> SettingsT:
+    """Reads `path` as YAML into `kind`; raises ConfigError that names the file and the key."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config '{path}': cannot be read ({error.strerror}); give an existing YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config '{path}': is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config '{path}': must hold keys and values, found {type(values).__name__}")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        known = ", ".join(sorted(kind.model_fields))
+        raise ConfigError(f"config '{path}': key '{key}': {first['msg']}; known keys: {known}") from error
