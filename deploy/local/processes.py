@@ -8,6 +8,7 @@ Start children from the main thread only: Linux ties the death signal to the thr
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -73,13 +74,13 @@ def describe_exit(code: int) -> str:
 
 
 def last_lines(path: Path, count: int = 15) -> list[str]:
-    """The end of a log, at most `count` lines of at most 300 characters; [] when there is none."""
+    """The end of a log, at most `count` lines of at most 300 characters, padding cut; [] when there is none."""
     if not path.exists():
         return []
     with path.open("rb") as log:
         log.seek(max(0, path.stat().st_size - 64_000))
         lines = log.read().decode(errors="replace").splitlines()
-    return [line[:300] for line in lines[-count:]]
+    return [re.sub(r" {4,}|-{8,}", "  ", line)[:300] for line in lines[-count:]]
 
 
 def is_free(port: int) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 from brokers import Kafka, Redis
 from processes import StackError, free_ports, is_free, last_lines
 from supervisor import Component, Interrupted, Supervisor, is_running, only_supervisor_of
-from triton_server import Triton, TritonPorts
+from triton_server import Triton, TritonPorts, remove_shared_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 # Component: {option of a port: (default, what listens there)}
@@ -180,7 +180,7 @@ def _same_arguments(arguments: argparse.Namespace) -> list[str]:
 
 def _supervise_detached(arguments: argparse.Namespace) -> int:
     """The detached supervisor's whole life. Its caller reads one JSON document from the pipe, then it is alone."""
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     supervisor = Supervisor(_components(arguments), arguments.state_dir)
     with os.fdopen(arguments.report_fd, "w") as pipe, only_supervisor_of(arguments.state_dir) as is_mine:
         if not is_mine:
@@ -203,7 +203,7 @@ def _supervise_detached(arguments: argparse.Namespace) -> int:
 
 
 def _supervise_here(arguments: argparse.Namespace) -> int:
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     with only_supervisor_of(arguments.state_dir) as is_mine:
         if not is_mine:
             raise StackError("another `stack up` was faster; see `stack status`", 4)
@@ -221,7 +221,9 @@ def _supervise_here(arguments: argparse.Namespace) -> int:
 def _down(arguments: argparse.Namespace) -> int:
     state = _read_state(arguments.state_dir)
     if not is_running(arguments.state_dir):
+        # After a SIGKILL these are all that is left; its processes have ended with the supervisor.
         (arguments.state_dir / "state.json").unlink(missing_ok=True)
+        remove_shared_memory(arguments.state_dir)
         print("the stack is not running", file=sys.stderr)
         return 0
     _stop_process(int(state["supervisor_pid"]), arguments.state_dir)

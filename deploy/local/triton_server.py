@@ -48,16 +48,15 @@ class Triton:
 
     name = "triton"
     start_timeout_s = 180.0
-    cause_pattern = r"UNAVAILABLE:|^E\d{4} |error while loading|[Ee]rror:"
+    cause_pattern = r"UNAVAILABLE:|failed to load|error while loading|^error:"
 
     def __init__(self, state_dir: Path, models: Path, environment: Path, ports: TritonPorts) -> None:
         """`environment`: the virtual environment that holds nvidia-pytriton and onnxruntime."""
+        self._state_dir = state_dir
         self._folder = state_dir / "triton"
         self._models = models
         self._environment = environment
         self._ports = ports
-        # A prefix of its own for each stack: after a SIGKILL the segments stay behind, and only this name tells whose.
-        self._shm_prefix = f"logicrd-{hashlib.sha256(str(state_dir).encode()).hexdigest()[:12]}-"
         self._canary = Canary(f"{LOOPBACK}:{ports.grpc}")
 
     def endpoints(self) -> dict[str, str]:
@@ -105,9 +104,10 @@ class Triton:
             f"--http-port={self._ports.http}",
             f"--metrics-port={self._ports.metrics}",
             "--allow-gpu-metrics=false",
+            "--pinned-memory-pool-byte-size=0",
             "--exit-timeout-secs=5",
             f"--backend-config=python,shm-default-byte-size={SHARED_MEMORY_BYTES}",
-            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            f"--backend-config=python,shm-region-prefix-name={_shm_prefix(self._state_dir)}",
         ]
 
     def environment(self) -> dict[str, str]:
@@ -126,9 +126,8 @@ class Triton:
         return self._canary.poll() if answers(self._ports.grpc) else None
 
     def clean(self) -> None:
-        """Remove shared memory that killed processes left behind. Only when the server does not run."""
-        for segment in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
-            segment.unlink(missing_ok=True)
+        """Remove shared memory that killed processes left behind."""
+        remove_shared_memory(self._state_dir)
 
     def _site_packages(self) -> Path:
         return self._environment / "lib" / f"python{self._python_version()}" / "site-packages"
@@ -146,7 +145,8 @@ class Triton:
 
 
 class Canary:
-    """Sends every ensemble a black picture: all of them at the start, then one of them in turn every few seconds."""
+    """Sends every ensemble a black picture: all of them at the start, then one of them in turn every few
+    seconds; one that answered with an error is asked again at once."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -154,6 +154,7 @@ class Canary:
         self._ensembles: list[str] = []
         self._unproven: list[str] = []
         self._turn = 0
+        self._suspect = ""
         self._next_s = 0.0
         self._waiting_for = ""
         self._answers: queue.Queue[str | None] = queue.Queue()
@@ -168,9 +169,9 @@ class Canary:
         except queue.Empty:
             self._ask_when_due()
             return None
-        name, self._waiting_for = self._waiting_for, ""
+        name, self._waiting_for, self._suspect = self._waiting_for, "", ""
         if fault:
-            self._next_s = 0.0
+            self._next_s, self._suspect = 0.0, name
             return f"the canary inference on '{name}' failed: {fault}"
         if name in self._unproven and fault == "":
             self._unproven.remove(name)
@@ -195,17 +196,29 @@ class Canary:
     def _ask_when_due(self) -> None:
         if self._waiting_for or time.monotonic() < self._next_s or self._client is None:
             return
-        if self._unproven:
-            name = self._unproven[0]
-        else:
-            self._turn += 1
-            name = self._ensembles[self._turn % len(self._ensembles)]
-        self._waiting_for = name
+        name = self._waiting_for = self._suspect or self._next_in_turn()
         try:
             inputs = _zeros(self._client.get_model_config(name, client_timeout=2.0).config)
             self._client.async_infer(name, inputs, partial(_answered, self._answers), client_timeout=CANARY_TIMEOUT_S)
         except InferenceServerException as error:
             self._answers.put(_fault(error))
+
+    def _next_in_turn(self) -> str:
+        if self._unproven:
+            return self._unproven[0]
+        self._turn += 1
+        return self._ensembles[self._turn % len(self._ensembles)]
+
+
+def remove_shared_memory(state_dir: Path) -> None:
+    """Remove the segments that a killed server of this stack left behind. Only when it does not run."""
+    for segment in Path("/dev/shm").glob(f"{_shm_prefix(state_dir)}*"):
+        segment.unlink(missing_ok=True)
+
+
+def _shm_prefix(state_dir: Path) -> str:
+    """A prefix for each stack: after a SIGKILL the segments stay, and only this name tells whose they are."""
+    return f"logicrd-{hashlib.sha256(str(state_dir).encode()).hexdigest()[:12]}-"
 
 
 def _zeros(config: ModelConfig) -> list[triton.InferInput]:
