@@ -6,13 +6,14 @@ stderr the rest; progress bars appear on a terminal only.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import onnx
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from training.config import CONFIGS, FitConfig, PretrainConfig, load_config
 from training.data import list_images, open_loco
@@ -24,6 +25,7 @@ from training.fit import Progress as FitProgress
 from training.fit import fit
 from training.pretrain import PretrainProgress, pretrain
 from training.repository import Serving, Target, parse_server_version
+from training.scenes import PRODUCTS, Amounts, render_scenes
 from training.teacher import load_teacher, random_teacher, weights_sha256
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -34,6 +36,25 @@ Folder = Annotated[Path, typer.Option(file_okay=False, help="Folder to write to.
 @app.callback()
 def _about() -> None:
     """Fits, measures and exports the models that LogicRD serves."""
+
+
+@app.command("scenes")
+def scenes_command(
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder that gets one folder a product.")],
+    product: Annotated[str, typer.Option(help=f"One of {', '.join(PRODUCTS)}, or all.")] = "all",
+    train: Annotated[int, typer.Option(min=2, help="Good pictures to fit on.")] = 300,
+    validation: Annotated[int, typer.Option(min=2, help="Good pictures to calibrate on.")] = 60,
+    test: Annotated[int, typer.Option(min=1, help="Test pictures of each kind: good, logical, structural.")] = 60,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same pictures.")] = 7,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core otherwise.")] = None,
+) -> None:
+    """Render products as data sets in the MVTec LOCO layout."""
+    amounts = Amounts(train, validation, test)
+    for name in PRODUCTS if product == "all" else (product,):
+        with _progress() as bar:
+            task = bar.add_task(f"scenes {name}", total=1.0, note="")
+            render_scenes(out / name, name, amounts, seed, partial(_advance, bar, task), workers)
+        typer.echo(str(out / name))
 
 
 @app.command("fit")
@@ -142,6 +163,10 @@ def export_command(
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
     return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+
+
+def _advance(bar: Progress, task: TaskID, share: float) -> None:
+    bar.update(task, completed=share)
 
 
 def _print_report(answer: dict[str, object], records: list[ScoreRecord]) -> None:

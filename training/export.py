@@ -1,7 +1,7 @@
-"""Bundle to served models: writes the composing models, the ensemble and the manifest of a product, and reads them back.
+"""Bundle to served models: writes the steps, the ensemble and the manifest of a product, and reads them back.
 
-Nothing enters the repository before ONNX Runtime and torch agree on the fused score, and a failed export leaves it as it
-was. Older versions of a product stay. Called by `cli`; `load_exported` also by whatever compares a server with torch.
+Nothing enters the repository before ONNX Runtime and torch agree on the fused score, and a failed export leaves it
+as it was. Older versions of a product stay. Called by `cli`.
 """
 
 import hashlib
@@ -161,7 +161,9 @@ def _lay_out(staged: Path, repository: Path, detector: Detector, graphs: Graphs,
     _write(staged / product / "config.pbtxt", config_text(ensemble_config(product, teacher, shapes, serving)).encode())
     # Git keeps no empty folder, and Triton wants the ensemble's version folder to exist.
     _write(staged / product / str(version) / ".gitkeep", b"")
-    files = {path.relative_to(staged).as_posix(): sha256_of(path) for path in [*weights, *staged.glob("*/config.pbtxt")]}
+    files = {
+        path.relative_to(staged).as_posix(): sha256_of(path) for path in [*weights, *staged.glob("*/config.pbtxt")]
+    }
     manifest = _manifest(about, version, teacher, files)
     _write(staged / product / "manifest.json", (manifest.model_dump_json(indent=1) + "\n").encode())
     return manifest
@@ -170,7 +172,7 @@ def _lay_out(staged: Path, repository: Path, detector: Detector, graphs: Graphs,
 def _shared_or_new(existing: Path, graph: onnx.ModelProto) -> bytes:
     """The bytes to store: a teacher that is there already stays as it is, if its weights are these."""
     if not existing.is_file():
-        return graph.SerializeToString()
+        return bytes(graph.SerializeToString())
     held, wanted = parameters_of(onnx.load(existing)), parameters_of(graph)
     if held.keys() != wanted.keys() or any(not torch.equal(held[name], wanted[name]) for name in held):
         raise DataError(f"export: '{existing}' holds other weights than its name says; remove that model first")
@@ -187,7 +189,9 @@ def _lay_out_distance(folder: Path, detector: Detector, version: int) -> list[Pa
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays.values())).digest()
     code = _write(folder / str(version) / "model.py", BACKEND.read_bytes())
     path = folder / str(version) / "statistics.npz"
-    np.savez_compressed(path, sha256=np.frombuffer(digest, dtype=np.uint8), **arrays)
+    mean, whitening, fused = arrays.values()
+    checksum = np.frombuffer(digest, dtype=np.uint8)
+    np.savez_compressed(path, mean=mean, whitening=whitening, fusion=fused, sha256=checksum)
     return [code, path]
 
 

@@ -90,7 +90,7 @@ def train_network(
         if not torch.isfinite(loss):
             raise TrainingError(f"step {step}: the loss is {loss.item()}; lower learning_rate or check the teacher")
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         if step % config.validate_every == 0:
             plateau.see(validation_loss(network, validation, config.batch_size))

@@ -7,7 +7,6 @@ when it loads the graph. So a graph is also the only stored copy of the weights.
 import io
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx
@@ -37,7 +36,7 @@ def stage_graph(module: nn.Module, stage: str, inputs: Sequence[Tensor]) -> onnx
         torch.onnx.export(
             module.eval(),
             tuple(inputs),
-            buffer,
+            buffer,  # type: ignore[arg-type]  # the tracing exporter takes a stream, its annotation says path
             dynamo=False,
             opset_version=OPSET,
             input_names=list(names_in),
@@ -91,7 +90,7 @@ def _producer(produced: set[str], name: str) -> str:
     return next(output for output in produced if output.split("/", 1)[1] == name)
 
 
-def _rename(graph: Any, names: dict[str, str]) -> None:
+def _rename(graph: onnx.GraphProto, names: dict[str, str]) -> None:
     for node in graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]
@@ -99,7 +98,7 @@ def _rename(graph: Any, names: dict[str, str]) -> None:
         value.name = names.get(value.name, value.name)
 
 
-def _restore_shared(graph: Any, parameters: set[str]) -> None:
+def _restore_shared(graph: onnx.GraphProto, parameters: set[str]) -> None:
     """Undoes the exporter's sharing of equal weights, which leaves Identity nodes in place of parameters."""
     held = {i.name: i for i in graph.initializer}
     for node in [n for n in graph.node if n.op_type == "Identity" and n.output[0] in parameters]:
@@ -110,7 +109,7 @@ def _restore_shared(graph: Any, parameters: set[str]) -> None:
         graph.node.remove(node)
 
 
-def _store_as_fp16(graph: Any, parameters: set[str]) -> None:
+def _store_as_fp16(graph: onnx.GraphProto, parameters: set[str]) -> None:
     stored = [i for i in graph.initializer if i.name in parameters]
     if {i.name for i in stored} != parameters:
         missing = sorted(parameters - {i.name for i in stored})

@@ -1,12 +1,11 @@
 """Pre-trains the teacher from scratch on drawn pictures, so that a model can ship without licensed photographs.
 
 Formula-driven: a picture holds a few shapes of eight kinds and eight colours on a ground that means nothing; the target
-is how many of each kind and colour it holds, predicted at every position and summed. That makes features local, additive
-and blind to the ground, which is what counting parts needs. Never sees a scene or a product. Called by `cli`.
+is how many of each kind and colour it holds, predicted at every position and summed. That makes features local,
+additive and blind to the ground, which is what counting parts needs. Never sees a scene or a product. Called by `cli`.
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,9 +88,9 @@ class DrawnPictures(IterableDataset[tuple[NDArray[np.uint8], NDArray[np.float32]
 
 
 def pretrain(config: PretrainConfig, out: Path, report: Callable[[PretrainProgress], None], workers: int = 1) -> None:
-    """Trains until minutes or steps run out; writes layers 1 to 3 to `out` as FP16 safetensors every minute and at the end.
+    """Trains until minutes or steps run out; writes layers 1 to 3 to `out` as FP16 safetensors.
 
-    The file is replaced in one step, so a kill leaves the last whole checkpoint.
+    It does so every minute and at the end, replacing the file in one step: a kill leaves the last whole checkpoint.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -129,7 +128,7 @@ def save_teacher(teacher: Teacher, path: Path) -> None:
     }
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def _schedule(step: int, share: float) -> float:
@@ -141,7 +140,7 @@ def _train_step(counter: Counter, optimiser: torch.optim.Optimizer, pictures: Te
     counts2, counts3 = counter(pictures)
     loss = F.smooth_l1_loss(counts3, counts) + LEVEL2_WEIGHT * F.smooth_l1_loss(counts2, counts)
     optimiser.zero_grad(set_to_none=True)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(counter.parameters(), 5.0)
     optimiser.step()
     return loss.item()
@@ -231,7 +230,8 @@ def shape_mask(
         if kind == "ring":
             cv2.circle(mask, centre, round(radius * generator.uniform(0.4, 0.65) * 16), 0, -1, cv2.LINE_AA, 4)
         if kind == "crescent":
-            away = (round((x + 0.55 * radius * math.cos(angle)) * 16), round((y + 0.55 * radius * math.sin(angle)) * 16))
+            aside = (x + 0.55 * radius * math.cos(angle), y + 0.55 * radius * math.sin(angle))
+            away = (round(aside[0] * 16), round(aside[1] * 16))
             cv2.circle(mask, away, round(radius * 0.8 * 16), 0, -1, cv2.LINE_AA, 4)
     else:
         points = _outline(kind, generator) * radius
@@ -250,10 +250,11 @@ def _outline(kind: str, generator: np.random.Generator) -> NDArray[np.float64]:
     if kind == "cross":
         a = generator.uniform(0.2, 0.35)
         quarter = [(a, a), (a, 1), (-a, 1)]
-        return np.array([(x * c - y * s, x * s + y * c) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1)) for x, y in quarter])
+        turns = ((1, 0), (0, 1), (-1, 0), (0, -1))
+        return np.array([(x * c - y * s, x * s + y * c) for c, s in turns for x, y in quarter])
     corners = {"square": 4, "triangle": 3, "hexagon": 6}[kind]
-    turns = np.arange(corners) * 2 * math.pi / corners
-    return np.stack([np.cos(turns), np.sin(turns)], axis=1)
+    angles = np.arange(corners) * 2 * math.pi / corners
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
 def _photograph(picture: NDArray[np.float32], generator: np.random.Generator) -> NDArray[np.uint8]:
@@ -262,6 +263,6 @@ def _photograph(picture: NDArray[np.float32], generator: np.random.Generator) ->
     corners = generator.uniform(0.75, 1.2, size=(2, 2)).astype(np.float32)
     picture = picture * cv2.resize(corners, (size, size), interpolation=cv2.INTER_LINEAR)[..., None]
     if generator.random() < 0.5:
-        picture = cv2.GaussianBlur(picture, (0, 0), float(generator.uniform(0.3, 1.2)))
+        picture = np.asarray(cv2.GaussianBlur(picture, (0, 0), float(generator.uniform(0.3, 1.2))), dtype=np.float32)
     noise = generator.standard_normal(picture.shape, dtype=np.float32) * generator.uniform(0, 8)
     return np.asarray(np.clip(picture + noise, 0, 255), dtype=np.uint8)

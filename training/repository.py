@@ -6,7 +6,6 @@ folder beside the repository and moved in by renames; if one fails, the others a
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -224,10 +223,10 @@ def _move(source: Path, destination: Path, aside: Path, undo: list[Callable[[], 
     if destination.exists():
         kept = aside / f"{len(undo)}"
         shutil.copy2(destination, kept)
-        undo.append(lambda: os.replace(kept, destination))
+        undo.append(lambda: kept.replace(destination))
     else:
         undo.append(lambda: shutil.rmtree(destination) if destination.is_dir() else destination.unlink())
-    os.replace(source, destination)
+    source.replace(destination)
 
 
 def _step_config(

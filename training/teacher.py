@@ -1,7 +1,7 @@
 """The frozen teacher: ResNet18 cut after layer 3, with torchvision's parameter names.
 
 Weights come from a safetensors file, never a pickle and never the network; without a file they are drawn from a seed.
-What a model was fitted on is named by architecture and a hash of the weights. Built by `rd`, trained only by `pretrain`.
+What a model was fitted on is named by architecture and a hash of the weights. Used by `rd`, trained by `pretrain`.
 """
 
 import hashlib
@@ -66,7 +66,7 @@ def load_teacher(path: Path) -> Teacher:
     except FileNotFoundError as error:
         raise DataError(f"weights '{path}': no such file") from error
     except (SafetensorError, OSError) as error:
-        raise DataError(f"weights '{path}': not a safetensors file ({error}); convert it, pickles are refused") from error
+        raise DataError(f"weights '{path}': not safetensors ({error}); convert it, pickles are refused") from error
     teacher = Teacher()
     wanted = teacher.state_dict()
     for name, tensor in wanted.items():

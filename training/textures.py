@@ -33,5 +33,6 @@ def relief(name: str, shape: tuple[int, int], scale: float, generator: np.random
     centre = generator.uniform(0, 512, size=2)
     matrix = cv2.getRotationMatrix2D((float(centre[0]), float(centre[1])), angle, scale)
     matrix[:, 2] += (width / 2 - centre[0], height / 2 - centre[1])
-    crop = cv2.warpAffine(photograph(name), matrix, (width, height), flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REFLECT)
+    source, size = photograph(name), (width, height)
+    crop = cv2.warpAffine(source, matrix, size, flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REFLECT)
     return np.asarray(crop, dtype=np.float32)

@@ -6,11 +6,15 @@ the wrong shape gets an error of its own while the others of its batch are answe
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
+Array = npt.NDArray[Any]
 ARRAYS = ("mean", "whitening", "fusion")
 FUSION = ("map_mean", "map_std", "mahalanobis_mean", "mahalanobis_std", "weight")
 
@@ -18,7 +22,7 @@ FUSION = ("map_mean", "map_std", "mahalanobis_mean", "mahalanobis_std", "weight"
 class TritonPythonModel:
     """Named by Triton: it makes one a model instance and calls the methods below."""
 
-    def initialize(self, args):
+    def initialize(self, args: dict[str, str]) -> None:
         """Loads and checks the statistics; an exception here marks the model as not ready, with its message."""
         path = Path(args["model_repository"]) / args["model_version"] / "statistics.npz"
         with np.load(path, allow_pickle=False) as arrays:
@@ -31,11 +35,11 @@ class TritonPythonModel:
         if checksum(self.mean, self.whitening, self.fusion) != expected:
             raise ValueError(f"{path}: checksum differs, the file is damaged; export the product again")
 
-    def execute(self, requests):
+    def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order."""
         return [self.respond(request) for request in requests]
 
-    def respond(self, request):
+    def respond(self, request: Any) -> Any:  # noqa: ANN401 - types of the server, not importable here
         """Scores one request, or says what is wrong with it."""
         descriptor = pb_utils.get_input_tensor_by_name(request, "descriptor").as_numpy()
         map_score = pb_utils.get_input_tensor_by_name(request, "map_score").as_numpy()
@@ -47,7 +51,7 @@ class TritonPythonModel:
         tensors = [pb_utils.Tensor("mahalanobis", distance), pb_utils.Tensor("score", score)]
         return pb_utils.InferenceResponse(output_tensors=tensors)
 
-    def measure(self, descriptor, map_score):
+    def measure(self, descriptor: Array, map_score: Array) -> tuple[Array, Array]:
         """(n, D) and (n, 1) to distance and fused score, (n, 1) FP32 each; the sums run in float64."""
         centred = descriptor.astype(np.float64) - self.mean
         distance = np.linalg.norm(centred @ self.whitening.T, axis=1, keepdims=True)
@@ -57,14 +61,14 @@ class TritonPythonModel:
         return distance.astype(np.float32), score.astype(np.float32)
 
 
-def checked(path, arrays, name):
+def checked(path: Path, arrays: Mapping[str, Array], name: str) -> Array:
     """The array of that name, or an error that names the file."""
     if name not in arrays:
         raise ValueError(f"{path}: array '{name}' is missing; export the product again")
     return arrays[name]
 
 
-def checksum(mean, whitening, fusion):
+def checksum(mean: Array, whitening: Array, fusion: Array) -> bytes:
     """sha256 over the float64 bytes of the three arrays."""
     digest = hashlib.sha256()
     for array in (mean, whitening, fusion):
