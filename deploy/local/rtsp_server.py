@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +106,11 @@ class Playback:
         self._camera = camera
         self._start = self._number = camera.resume_at()
         self._leaving: int | None = None
-        self._element = element = media.get_element()
+        self._waits_since_s = 0.0
+        self._is_playing = False
+        media.connect("new-state", self._on_state)
+        media.connect("unprepared", lambda _: self.settle())
+        element = media.get_element()
         element.get_by_name_recurse_up("frames").connect("need-data", self._on_need_data)
         pad = element.get_by_name_recurse_up("pay0").get_static_pad("src")
         pad.add_probe(Gst.PadProbeType.BUFFER | Gst.PadProbeType.BUFFER_LIST, self._on_packets)
@@ -137,6 +142,7 @@ class Playback:
         if number != self._leaving:
             self._note_sent()
             self._leaving = number
+            self._waits_since_s = time.monotonic()
         return Gst.PadProbeReturn.OK
 
     def _on_event(self, pad: Any, info: Any) -> Gst.PadProbeReturn:  # noqa: ANN401
@@ -146,13 +152,18 @@ class Playback:
             self._leaving = None
         return Gst.PadProbeReturn.OK
 
+    def _on_state(self, media: Any, state: int) -> None:  # noqa: ANN401
+        del media
+        if state == int(Gst.State.PLAYING) and not self._is_playing:
+            self._is_playing = True
+            self._waits_since_s = time.monotonic()
+
     def settle(self) -> None:
-        """Count the frame that was leaving when everything stops, if its time had come."""
+        """At the end of this stream: count the frame that waited below the pad, if its time had come."""
         numerator, denominator = self._camera.rate
-        if self._leaving is not None and self._element.current_state == Gst.State.PLAYING:
-            due = (self._leaving - self._start) * Gst.SECOND * denominator // numerator
-            if self._element.get_current_running_time() > due:
-                self._note_sent()
+        if self._is_playing and time.monotonic() - self._waits_since_s > denominator / numerator:
+            self._note_sent()
+        self._leaving = None
 
     def _note_sent(self) -> None:
         if self._leaving is not None:
