@@ -21,7 +21,7 @@ from typing import Any
 
 from brokers import Kafka, Redis
 from processes import StackError, free_ports, is_free, last_lines
-from supervisor import Component, Interrupted, Supervisor, is_running, only_supervisor_of
+from supervisor import Component, Interrupted, Supervisor, become_supervisor_of, is_running
 from triton_server import Triton, TritonPorts, remove_shared_memory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,7 +97,7 @@ def _up(arguments: argparse.Namespace) -> int:
     _choose_ports(arguments)
     for component in _components(arguments):
         component.require()
-    return _supervise_here(arguments) if arguments.foreground else _start_detached(arguments)
+    return _supervise_in_foreground(arguments) if arguments.foreground else _start_detached(arguments)
 
 
 def _choose_ports(arguments: argparse.Namespace) -> None:
@@ -180,39 +180,39 @@ def _same_arguments(arguments: argparse.Namespace) -> list[str]:
 
 def _supervise_detached(arguments: argparse.Namespace) -> int:
     """The detached supervisor's whole life. Its caller reads one JSON document from the pipe, then it is alone."""
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-    supervisor = Supervisor(_components(arguments), arguments.state_dir)
-    with os.fdopen(arguments.report_fd, "w") as pipe, only_supervisor_of(arguments.state_dir) as is_mine:
-        if not is_mine:
-            pipe.write(json.dumps({"error": "another `stack up` was faster; see `stack status`", "exit_code": 4}))
-            return 4
+    with os.fdopen(arguments.report_fd, "w") as pipe:
         try:
-            supervisor.start()
+            supervisor = _start_here(arguments)
         except StackError as error:
             pipe.write(json.dumps({"error": str(error), "exit_code": error.exit_code}))
             raise
         try:
             pipe.write(json.dumps({"state": supervisor.state()}))
-            pipe.close()
+            pipe.flush()
         except BrokenPipeError:
             # Whoever asked for the stack is gone and cannot know of it: leave nothing.
             supervisor.stop()
-            return 130
-        supervisor.watch()
+            raise
+    supervisor.watch()
     return 0
 
 
-def _supervise_here(arguments: argparse.Namespace) -> int:
+def _supervise_in_foreground(arguments: argparse.Namespace) -> int:
+    supervisor = _start_here(arguments)
+    _print_state(supervisor.state(), arguments.json)
+    sys.stdout.flush()
+    supervisor.watch()
+    return 0
+
+
+def _start_here(arguments: argparse.Namespace) -> Supervisor:
+    """Start every component as this process's own. Raises StackError or Interrupted; nothing is left then."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-    with only_supervisor_of(arguments.state_dir) as is_mine:
-        if not is_mine:
-            raise StackError("another `stack up` was faster; see `stack status`", 4)
-        supervisor = Supervisor(_components(arguments), arguments.state_dir)
-        supervisor.start()
-        _print_state(supervisor.state(), arguments.json)
-        sys.stdout.flush()
-        supervisor.watch()
-    return 0
+    if not become_supervisor_of(arguments.state_dir):
+        raise StackError("another `stack up` was faster; see `stack status`", 4)
+    supervisor = Supervisor(_components(arguments), arguments.state_dir)
+    supervisor.start()
+    return supervisor
 
 
 # --- down and status -------------------------------------------------------------------------------------------------

@@ -15,8 +15,7 @@ import re
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -248,22 +247,24 @@ class Supervisor:
         self._stop_asked = True
 
 
-@contextmanager
-def only_supervisor_of(state_dir: Path) -> Iterator[bool]:
-    """Hold the state folder's lock: True inside; False when another supervisor has it. Any kind of death frees it."""
+def become_supervisor_of(state_dir: Path) -> bool:
+    """Take the state folder's lock for the rest of this process's life; False when another supervisor has it. The
+    kernel frees it at any kind of death, and not before: whoever sees it free knows that the process is gone."""
     state_dir.mkdir(parents=True, exist_ok=True)
-    with (state_dir / "lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    return _try_lock(os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
 
 
 def is_running(state_dir: Path) -> bool:
     """Whether a supervisor holds the state folder now."""
     if not (state_dir / "lock").exists():
         return False
-    with only_supervisor_of(state_dir) as is_mine:
-        return not is_mine
+    with (state_dir / "lock").open() as lock:
+        return not _try_lock(lock.fileno())
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort  # type: ignore[import-not-found, unused-ignore]
+import onnxruntime as ort
 
 
 def main(path: str, threads: str) -> None:

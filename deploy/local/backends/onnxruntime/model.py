@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import onnxruntime as ort  # type: ignore[import-not-found, unused-ignore]
-import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
+import onnxruntime as ort
+import triton_python_backend_utils as pb_utils
 
 # Concatenating requests costs one more copy of every input. Measured on 2 cores, a convolution over 2 x 4 images is as
 # fast as one over 8, so requests are joined only up to this many images.
