@@ -1,0 +1,171 @@
+"""Builders of the line's values for its unit tests: a frame, a manifest, a part verdict, each with telling defaults.
+
+They are functions behind session fixtures, so that property tests may call them as often as they like.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import structlog
+import yaml
+from hypothesis import settings
+
+from pipeline.manifest import Manifest
+from pipeline.types import (
+    Frame,
+    Inference,
+    Judgement,
+    Model,
+    PartVerdict,
+    Scores,
+    Threshold,
+    ThresholdSource,
+    Verdict,
+)
+
+# The gate gives the same answer twice: no random seed, no data base of earlier runs, no limit on a busy machine.
+settings.register_profile("gate", derandomize=True, database=None, deadline=None)
+settings.load_profile("gate")
+
+SHA = "ab" * 32
+WHEN = datetime(2026, 11, 23, 12, 0, 0, 123_000, tzinfo=UTC)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    """Logs of expected faults go nowhere; what a test says of a log it captures itself."""
+    structlog.configure(processors=[structlog.testing.LogCapture()])
+
+
+@pytest.fixture(scope="session")
+def manifest_document() -> Callable[..., dict[str, Any]]:
+    """Give a manifest as JSON holds it; keywords replace its top keys."""
+
+    def make(product: str = "tray", **keys: Any) -> dict[str, Any]:
+        document: dict[str, Any] = {
+            "schema_version": 1,
+            "product": product,
+            "method": "rd",
+            "version": 1,
+            "input": {"height": 256, "width": 256, "dtype": "uint8", "layout": "HWC", "colour": "RGB"},
+            "preprocessing": "resize-area-v1",
+            "map_shape": [64, 64],
+            "calibration": {
+                "fusion": {
+                    "map_mean": 1.0,
+                    "map_std": 0.5,
+                    "mahalanobis_mean": 10.0,
+                    "mahalanobis_std": 2.0,
+                    "weight": 1.0,
+                },
+                "thresholds": {"ng": 3.0, "review": 2.0},
+                "heatmap": {"limit": 1.0, "low": 0.0, "high": 2.0},
+            },
+            "model_sha256": SHA,
+        }
+        return document | keys
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_manifest(manifest_document: Callable[..., dict[str, Any]]) -> Callable[..., Manifest]:
+    """Give a manifest; keywords replace its top keys."""
+    return lambda product="tray", **keys: Manifest.model_validate_json(json.dumps(manifest_document(product, **keys)))
+
+
+@pytest.fixture(scope="session")
+def make_frame() -> Callable[..., Frame]:
+    """Give a frame of camera `c1`; keywords replace its fields."""
+
+    def make(**fields: Any) -> Frame:
+        captured_s = fields.get("captured_s", time.monotonic())
+        number = fields.get("number", 1)
+        frame = Frame(
+            camera_id="c1",
+            station="s1",
+            product="tray",
+            number=number,
+            part_id=f"part-{number}",
+            part_id_source="sei",
+            captured_at=WHEN,
+            captured_s=captured_s,
+            deadline_s=captured_s + 2.0,
+            image=np.zeros((4, 4, 3), np.uint8),
+        )
+        return replace(frame, **fields)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_part(make_frame: Callable[..., Frame]) -> Callable[..., PartVerdict]:
+    """Give an NG part of 150 ms; keywords replace fields of the part, `frame_fields` those of its frame."""
+
+    def make(frame_fields: dict[str, Any] | None = None, **fields: Any) -> PartVerdict:
+        frame = make_frame(**(frame_fields or {}))
+        inference = Inference(
+            frame,
+            scores=Scores(fused=3.5, map=2.0, mahalanobis=11.0),
+            model=Model("tray", "1", SHA),
+            sent_s=frame.captured_s + 0.02,
+            received_s=frame.captured_s + 0.14,
+        )
+        threshold = Threshold(3.0, 2.0, 7, ThresholdSource.REDIS, SHA)
+        verdict = Verdict(Judgement.NG, ("score_above_ng", "anomaly_map"), threshold)
+        part = PartVerdict(frame, inference, verdict, sequence=1, decided_s=frame.captured_s + 0.15)
+        return replace(part, **fields)
+
+    return make
+
+
+@pytest.fixture
+def failed_start() -> Iterator[None]:
+    """Collect the sockets that a Kafka client leaves behind, unclosed by the library, when its first connection fails.
+
+    A test that uses it also ignores ResourceWarning, in case they are collected while it runs.
+    """
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
+
+@pytest.fixture
+def models_repo(tmp_path: Path, manifest_document: Callable[..., dict[str, Any]]) -> Path:
+    """A model repository of two products that holds their manifests only."""
+    for product in ("tray", "cable-set"):
+        folder = tmp_path / "models_repo" / product
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps(manifest_document(product)))
+    return tmp_path / "models_repo"
+
+
+@pytest.fixture
+def line_file(tmp_path: Path) -> Callable[..., Path]:
+    """Write a line file of one folder camera; keywords replace its top keys. Its servers are ports that refuse."""
+
+    def write(**keys: Any) -> Path:
+        document = {
+            "line": "l1",
+            "cameras": [{"id": "c1", "type": "folder", "product": "tray", "path": "pictures"}],
+            "triton": {"address": "127.0.0.1:9", "startup_timeout_s": 0.01},
+            "kafka": {"bootstrap": ["127.0.0.1:9"], "startup_timeout_s": 0.01},
+            "redis": {"url": "redis://127.0.0.1:9/0"},
+        } | keys
+        path = tmp_path / "line.yaml"
+        path.write_text(yaml.safe_dump(document))
+        return path
+
+    return write

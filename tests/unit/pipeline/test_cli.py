@@ -1,0 +1,172 @@
+"""The command `logicrd`: exit codes, and what goes to stdout."""
+
+import json
+import sys
+
+import pytest
+import structlog
+
+from pipeline import cli
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before():
+    """The commands set up logging for a process of their own: put it back."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
+
+
+@pytest.fixture
+def logicrd(monkeypatch, capsys):
+    """Run the command as a shell would; gives exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["logicrd", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        return caught.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["run", "--nonsense"],
+        ["run", "--seconds", "0"],
+        ["run", "--seconds", "soon"],
+        ["run", "--log-level", "loud"],
+        ["bench"],
+        ["bench", "nonsense"],
+        ["thresholds", "set"],
+        ["verdicts", "tail", "--verdict", "MAYBE"],
+    ],
+)
+def test_wrong_usage_is_exit_2(logicrd, arguments):
+    """What was typed wrong is named on stderr, with nothing on stdout, as exit 2."""
+    code, out, err = logicrd(*arguments)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    assert "rror" in err
+
+
+@pytest.mark.parametrize(
+    "command", [["run"], ["check"], ["config", "show"], ["cameras", "list"], ["thresholds", "list"]]
+)
+def test_a_wrong_line_file_is_exit_3(logicrd, line_file, command):
+    """Every command that reads the line file refuses a wrong one with its place, and starts nothing."""
+    code, out, err = logicrd(*command, "--config", line_file(bugdet_ms=5))
+    assert (code, out) == (3, "")
+    assert "bugdet_ms: unknown key; did you mean `budget_ms`?" in err
+
+
+@pytest.mark.parametrize(
+    "command", [["thresholds", "get"], ["thresholds", "set", "--ng", "1"], ["thresholds", "suggest"]]
+)
+def test_a_wrong_product_is_exit_3(logicrd, line_file, models_repo, command):
+    """A product that the repository lacks is refused with those it has."""
+    assert models_repo.is_dir()
+    code, out, err = logicrd(*command, "trya", "--config", line_file())
+    assert (code, out) == (3, "")
+    assert "cable-set, tray" in err
+
+
+def test_a_camera_of_a_wrong_product_is_exit_3(logicrd, line_file, models_repo):
+    """A line file that names a product the repository lacks stops `run` before anything is started."""
+    assert models_repo.is_dir()
+    camera = {"id": "c1", "type": "folder", "product": "trya", "path": "x"}
+    code, _, err = logicrd("run", "--config", line_file(cameras=[camera]))
+    assert code == 3
+    assert "'trya'" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "server"),
+    [
+        (["run"], "Triton at 127.0.0.1:9"),
+        (["check"], "Triton at 127.0.0.1:9"),
+        (["thresholds", "get", "tray"], "Redis at redis://127.0.0.1:9/0"),
+        (["thresholds", "set", "tray", "--ng", "1"], "Redis at redis://127.0.0.1:9/0"),
+        (["thresholds", "history", "tray"], "Redis at redis://127.0.0.1:9/0"),
+        (["verdicts", "tail"], "Kafka at 127.0.0.1:9"),
+    ],
+)
+@pytest.mark.usefixtures("failed_start")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_server_that_is_not_there_is_exit_4(logicrd, line_file, models_repo, command, server):
+    """A dependency that refuses is named with its address and what to do, within its time."""
+    assert models_repo.is_dir()
+    code, out, err = logicrd(*command, "--config", line_file())
+    assert (code, out) == (4, "")
+    assert server in err
+    assert "hint:" in err
+
+
+def test_json_is_one_document_on_stdout(logicrd, line_file, models_repo):
+    """With `--json` stdout is one JSON document."""
+    assert models_repo.is_dir()
+    code, out, _ = logicrd("cameras", "list", "--json", "--config", line_file())
+    assert code == 0
+    assert [camera["id"] for camera in json.loads(out)] == ["c1"]
+    code, out, _ = logicrd("thresholds", "suggest", "tray", "--json", "--config", line_file())
+    assert code == 0
+    assert json.loads(out)["ng"] == 3.0
+
+
+def test_the_line_file_is_shown_as_understood(logicrd, line_file, tmp_path):
+    """`config show` prints defaults and resolved paths as JSON."""
+    code, out, _ = logicrd("config", "show", "--config", line_file())
+    assert code == 0
+    shown = json.loads(out)
+    assert shown["cameras"][0]["path"] == str(tmp_path / "pictures")
+    assert shown["batching"]["max_size"] == 8
+
+
+def test_help_is_exit_0(logicrd):
+    """Asking for help is no fault, and the answer is on stdout."""
+    code, out, err = logicrd("--help")
+    assert (code, err) == (0, "")
+    assert "thresholds" in out
+
+
+class Topic:
+    """A reader of a topic on which these events lie."""
+
+    def __init__(self, *events):
+        self._events = events
+
+    def __call__(self, *_args, **_kwargs):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def read(self, *, idle_s=None):
+        del idle_s
+        yield from self._events
+
+
+PLACE = {"key": "l1/s1", "partition": 0, "offset": 5}
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"error": "not an event of this line: no ce_id header", **PLACE},
+        {"attributes": {"id": "1"}, "data": {}, **PLACE},
+        {"attributes": {"id": "1"}, "data": {"verdict": "OK", "views": [{}]}, **PLACE},
+    ],
+)
+def test_a_foreign_record_does_not_end_the_tail(logicrd, line_file, monkeypatch, event):
+    """What somebody else put on the topic is shown in a line with its key, and the reader goes on."""
+    monkeypatch.setattr(cli, "VerdictReader", Topic(event, event))
+    code, out, err = logicrd("verdicts", "tail", "--config", line_file())
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) == 2
+    assert all(line.strip() and "l1/s1" in line for line in out.splitlines())

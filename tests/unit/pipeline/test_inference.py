@@ -1,0 +1,157 @@
+"""The Triton client, as far as it goes without a server: signatures, shapes, deadlines, and a refused connection."""
+
+import queue
+import time
+
+import numpy as np
+import pytest
+
+from pipeline.config import Triton as TritonSettings
+from pipeline.errors import DependencyError
+from pipeline.inference import OUTPUTS, InferenceClient, signature_faults
+from pipeline.types import Batch, Cause
+
+
+def metadata(**changes):
+    """Give the metadata that Triton shows of a good ensemble, as JSON: integers are words. Keywords replace tensors."""
+    shapes = {
+        "image": ("UINT8", [-1, 256, 256, 3]),
+        "score": ("FP32", [-1, 1]),
+        "map_score": ("FP32", [-1, 1]),
+        "mahalanobis": ("FP32", [-1, 1]),
+        "anomaly_map": ("FP32", [-1, 64, 64]),
+    } | changes
+    tensors = [
+        {"name": name, "datatype": kind[0], "shape": [str(size) for size in kind[1]]}
+        for name, kind in shapes.items()
+        if kind is not None
+    ]
+    inputs = [tensor for tensor in tensors if tensor["name"] not in OUTPUTS]
+    outputs = [tensor for tensor in tensors if tensor["name"] in OUTPUTS]
+    return {"name": "tray", "versions": ["1"], "platform": "ensemble", "inputs": inputs, "outputs": outputs}
+
+
+def test_the_signature_of_the_design_fits(make_manifest):
+    """The ensemble of the manifest has no fault, and a tensor more among its outputs is none."""
+    assert signature_faults(metadata(), make_manifest()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"score": None}, ["output score is absent"]),
+        ({"image": ("FP32", [-1, 256, 256, 3])}, ["input image is FP32 [256, 256, 3], not UINT8 [256, 256, 3]"]),
+        ({"image": ("UINT8", [-1, 224, 224, 3])}, ["input image is UINT8 [224, 224, 3]"]),
+        ({"image": ("UINT8", [-1, 3, 256, 256])}, ["input image is UINT8 [3, 256, 256]"]),
+        ({"anomaly_map": ("FP32", [-1, 32, 32])}, ["output anomaly_map is FP32 [32, 32], not FP32 [64, 64]"]),
+        ({"mask": ("UINT8", [-1, 1])}, ["input mask is asked for"]),
+        ({"score": ("FP16", [-1, 1]), "map_score": None}, ["output score is FP16", "output map_score is absent"]),
+    ],
+)
+def test_a_difference_is_a_sentence(make_manifest, changes, words):
+    """Each tensor that is absent, of another type, of another shape or too many is named with both sides."""
+    faults = signature_faults(metadata(**changes), make_manifest())
+    assert len(faults) == len(words)
+    assert all(any(word in fault for fault in faults) for word in words)
+
+
+def test_another_version_than_the_manifests_is_a_fault(make_manifest):
+    """Triton serving an older version than the manifest describes is named with both numbers."""
+    (fault,) = signature_faults(metadata(), make_manifest(version=2))
+    assert fault == "version 1 is loaded, not 2"
+
+
+@pytest.mark.parametrize("document", [{}, {"inputs": [], "outputs": []}])
+def test_a_model_without_tensors_is_all_faults(make_manifest, document):
+    """A model that shows nothing lacks everything."""
+    assert len(signature_faults(document, make_manifest())) == 5
+
+
+class Answer:
+    """An answer of Triton with these tensors."""
+
+    def __init__(self, **tensors):
+        self._tensors = tensors
+
+    def as_numpy(self, name):
+        return self._tensors.get(name)
+
+
+def answer(count, **changes):
+    column = np.arange(count, dtype=np.float32).reshape(count, 1)
+    anomaly_map = np.zeros((count, 64, 64), np.float32)
+    tensors = {"score": column, "map_score": column + 10, "mahalanobis": column + 20, "anomaly_map": anomaly_map}
+    return Answer(**(tensors | changes))
+
+
+@pytest.fixture
+def client(make_manifest):
+    """A client of a server that refuses every connection."""
+    client = InferenceClient(TritonSettings(address="127.0.0.1:9", startup_timeout_s=0.01), {"tray": make_manifest()})
+    yield client
+    client.close()
+
+
+def batch_of(make_frame, count, **fields):
+    return Batch("tray", tuple(make_frame(number=number, **fields) for number in range(1, count + 1)))
+
+
+def test_each_frame_gets_its_own_row(client, make_frame):
+    """Row i of every tensor belongs to frame i, and the answer names the model."""
+    batch = batch_of(make_frame, 3)
+    inferences = client._read(batch, answer(3), sent_s=1.0)
+    assert [inference.frame for inference in inferences] == list(batch.frames)
+    third = inferences[2].scores
+    assert (third.fused, third.map, third.mahalanobis) == (2.0, 12.0, 22.0)
+    assert inferences[2].anomaly_map.shape == (64, 64)
+    assert (inferences[0].model.name, inferences[0].model.version) == ("tray", "1")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"score": None},
+        {"score": np.zeros((2, 1), np.float32)},
+        {"score": np.zeros(3, np.float32)},
+        {"anomaly_map": np.zeros((3, 32, 32), np.float32)},
+        {"anomaly_map": np.zeros((3, 1, 64, 64), np.float32)},
+    ],
+)
+def test_an_answer_of_another_shape_is_a_mismatch(client, make_frame, changes):
+    """Tensors that are missing or of another shape give every frame `model_mismatch` and no score."""
+    inferences = client._read(batch_of(make_frame, 3), answer(3, **changes), sent_s=1.0)
+    assert [(inference.cause, inference.scores) for inference in inferences] == [(Cause.MODEL_MISMATCH, None)] * 3
+
+
+def test_a_score_that_is_not_finite_is_passed_on(client, make_frame):
+    """The client judges nothing: NaN from Triton arrives as NaN, for the verdict to refuse."""
+    (inference,) = client._read(batch_of(make_frame, 1), answer(1, score=np.full((1, 1), np.nan, np.float32)), 1.0)
+    assert inference.cause is None
+    assert np.isnan(inference.scores.fused)
+
+
+def test_a_server_that_is_not_there_is_named(client):
+    """A server that does not answer stops the start with its address and what to do."""
+    with pytest.raises(DependencyError, match=r"127\.0\.0\.1:9") as caught:
+        client.start()
+    assert "triton.address" in caught.value.hint
+
+
+def test_a_batch_past_its_deadline_is_not_sent(client, make_frame):
+    """Frames without time left come back as `deadline` at once, before any connection is needed."""
+    done = []
+    client.submit(batch_of(make_frame, 2, captured_s=time.monotonic() - 60.0), done.extend)
+    assert [inference.cause for inference in done] == [Cause.DEADLINE] * 2
+
+
+def test_a_lost_server_costs_the_batch_and_nothing_else(client, make_frame):
+    """With the server away, and after `close`, every frame of a batch comes back as `triton_unavailable`, once."""
+    with pytest.raises(DependencyError):
+        client.start()
+    answers = queue.Queue()
+    client.submit(batch_of(make_frame, 2), answers.put)
+    assert [inference.cause for inference in answers.get(timeout=5.0)] == [Cause.TRITON_UNAVAILABLE] * 2
+    client.close()
+    client.submit(batch_of(make_frame, 2), answers.put)
+    assert [inference.cause for inference in answers.get(timeout=5.0)] == [Cause.TRITON_UNAVAILABLE] * 2
+    assert answers.empty()

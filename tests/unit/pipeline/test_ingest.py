@@ -1,0 +1,184 @@
+"""One reader a camera: what it hands over, and what it says of itself."""
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.config import FolderCamera, RtspCamera
+from pipeline.health import Health
+from pipeline.ingest import CameraReader, Handover, to_model_size
+from pipeline.metrics import Metrics
+from pipeline.types import CameraState, Cause
+
+
+@dataclass
+class Line:
+    """What a reader needs of the line, remembering what it was told."""
+
+    frames: list = field(default_factory=list)
+    states: list = field(default_factory=list)
+    metrics: Metrics = field(default_factory=Metrics)
+    health: Health = field(default_factory=Health)
+    on_frame: object = None
+    room: bool = True
+
+    def accept(self, frame):
+        self.frames.append(frame)
+        if self.on_frame is not None:
+            self.on_frame(frame)
+
+    def wait_for_room(self, camera_id, timeout_s):
+        del camera_id
+        if not self.room:
+            time.sleep(min(timeout_s, 0.01))
+        return self.room
+
+    def announce(self, camera_id, state, reason):
+        self.states.append((camera_id, state, reason))
+
+    def reader(self, camera, size=(32, 32)):
+        self.metrics.camera(camera.id, product=camera.product, station=camera.station)
+        handover = Handover(
+            accept=self.accept,
+            wait_for_room=self.wait_for_room,
+            announce=self.announce,
+            metrics=self.metrics,
+            health=self.health,
+            run="run1",
+            budget_s=2.0,
+        )
+        return CameraReader(camera, size, handover)
+
+
+@pytest.fixture
+def line():
+    return Line()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder camera of three pictures, `a` to `c`."""
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    for name in "abc":
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    return FolderCamera(id="c1", type="folder", product="tray", path=tmp_path)
+
+
+def run_to_end(reader):
+    reader.start()
+    assert reader.join(5.0)
+    assert reader.finished
+
+
+def test_a_folder_becomes_frames_at_model_size(line, folder):
+    """Each picture is a frame at the model's size, numbered from 1, with its part id and its deadline."""
+    run_to_end(line.reader(folder, size=(16, 24)))
+    assert [(frame.number, frame.part_id, frame.part_id_source) for frame in line.frames] == [
+        (1, "a", "file"),
+        (2, "b", "file"),
+        (3, "c", "file"),
+    ]
+    assert all(frame.image.shape == (16, 24, 3) and frame.cause is None for frame in line.frames)
+    assert all(frame.deadline_s == frame.captured_s + 2.0 for frame in line.frames)
+    assert line.states == [("c1", CameraState.STREAMING, ""), ("c1", CameraState.ENDED, "")]
+
+
+def test_a_bad_picture_is_a_frame_with_a_cause(line, folder):
+    """A cut picture costs its own part only: it goes on as `frame_corrupt`, and the next ones follow."""
+    whole = (folder.path / "b.png").read_bytes()
+    (folder.path / "b.png").write_bytes(whole[: len(whole) // 2])
+    run_to_end(line.reader(folder))
+    assert [(frame.part_id, frame.cause) for frame in line.frames] == [
+        ("a", None),
+        ("b", Cause.FRAME_CORRUPT),
+        ("c", None),
+    ]
+    assert line.frames[1].image is None
+    assert line.states[-1][1] is CameraState.ENDED
+
+
+def test_a_picture_of_another_size_is_a_frame_with_a_cause(line, folder):
+    """Where `picture_size` is set, another size is `frame_corrupt` with its part id; the camera goes on."""
+    Image.new("RGB", (48, 64)).save(folder.path / "b.png")
+    run_to_end(line.reader(folder.model_copy(update={"picture_size": [64, 48]})))
+    assert [(frame.part_id, frame.cause) for frame in line.frames] == [
+        ("a", None),
+        ("b", Cause.FRAME_CORRUPT),
+        ("c", None),
+    ]
+
+
+def test_a_repeated_part_has_a_name_of_its_own(line, folder):
+    """A looping folder gives its parts new names in each round, so that no two inspections share an id."""
+    reader = line.reader(folder.model_copy(update={"loop": True}))
+    line.on_frame = lambda frame: reader.stop() if frame.number == 5 else None
+    reader.start()
+    assert reader.join(5.0)
+    assert [frame.part_id for frame in line.frames] == ["a", "b", "c", "a#1", "b#1"]
+
+
+def test_rate_spreads_the_pictures(line, folder):
+    """`rate` is pictures a second: three at 50 take two steps of 20 ms."""
+    before = time.monotonic()
+    run_to_end(line.reader(folder.model_copy(update={"rate": 50.0})))
+    assert 0.035 <= time.monotonic() - before < 1.0
+    assert len(line.frames) == 3
+
+
+def test_without_room_nothing_is_read(line, folder):
+    """A reader that has to wait for room reads nothing, keeps beating, and ends when it is told to."""
+    line.room = False
+    reader = line.reader(folder)
+    reader.start()
+    time.sleep(0.05)
+    reader.stop()
+    assert reader.join(2.0)
+    assert line.frames == []
+    assert line.health.stalled() == []
+
+
+def test_a_folder_that_is_not_there_fails_once(line, folder):
+    """A camera that can never work says so once, with the reason, and is not tried again."""
+    run_to_end(line.reader(folder.model_copy(update={"path": folder.path / "absent"})))
+    assert line.states == [("c1", CameraState.FAILED, "not_found")]
+    assert line.metrics.snapshot().cameras[0].reason == "not_found"
+
+
+def test_an_unreachable_camera_is_lost_and_tried_again(line):
+    """A camera that refuses is LOST with its reason, stays in its retries, and stops at once when told to."""
+    camera = RtspCamera(id="c1", type="rtsp", product="tray", url="rtsp://127.0.0.1:9/c1", connect_timeout_s=0.5)
+    reader = line.reader(camera)
+    lost = threading.Event()
+    line.announce = lambda *state: (line.states.append(state), lost.set())
+    reader = line.reader(camera)
+    reader.start()
+    assert lost.wait(5.0)
+    assert not reader.finished
+    reader.stop()
+    assert reader.join(1.0)
+    assert line.states == [("c1", CameraState.LOST, "unreachable")]
+
+
+def test_a_fault_of_ours_ends_this_camera_and_says_so(line, folder):
+    """An exception nobody foresaw fails the camera with `internal`; its thread ends instead of dying unseen."""
+
+    def break_down(frame):
+        raise RuntimeError(frame.part_id)
+
+    line.on_frame = break_down
+    run_to_end(line.reader(folder))
+    assert line.states[-1] == ("c1", CameraState.FAILED, "internal")
+
+
+def test_the_resize_averages_areas():
+    """Halving takes the mean of each 2 × 2 block: no pixel of a fine pattern is skipped."""
+    board = np.zeros((8, 8, 3), np.uint8)
+    board[::2, ::2] = board[1::2, 1::2] = 200
+    small = to_model_size(board, 4, 2)
+    assert small.shape == (4, 2, 3)
+    assert small.dtype == np.uint8
+    assert np.all(small == 100)

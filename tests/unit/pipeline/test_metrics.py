@@ -1,0 +1,71 @@
+"""Every number the line counts: the same in Prometheus, the table and the summary."""
+
+import pytest
+from prometheus_client import generate_latest
+
+from pipeline.metrics import Metrics
+from pipeline.types import CameraState, Cause, Judgement
+
+
+@pytest.fixture
+def metrics():
+    metrics = Metrics()
+    for camera in ("c1", "c2"):
+        metrics.camera(camera, product="tray", station="s1")
+    return metrics
+
+
+def test_parts_are_conserved(metrics):
+    """Parts triggered = OK + NG + REVIEW + UNINSPECTED, in the snapshot and at the station in Prometheus."""
+    for judgement in Judgement:
+        metrics.frame("c1")
+        cause = Cause.DEADLINE if judgement is Judgement.UNINSPECTED else None
+        metrics.verdict("c1", judgement, cause, 0.1)
+    snapshot = metrics.snapshot()
+    assert snapshot.triggered == snapshot.judged == sum(snapshot.cameras[0].judgements.values()) == 4
+    assert snapshot.cameras[0].causes == {"deadline": 1}
+    samples = [s for m in metrics.registry.collect() for s in m.samples if s.name == "inspection_parts_total"]
+    assert {s.labels["verdict"]: s.value for s in samples} == {judgement.value: 1.0 for judgement in Judgement}
+
+
+def test_an_event_that_did_not_arrive_is_counted_as_what_it_was(metrics):
+    """Only part verdicts count as acknowledged or lost parts; every event counts in Prometheus."""
+    metrics.acknowledged(is_part=True)
+    metrics.acknowledged(is_part=False)
+    metrics.undelivered(3, parts=2)
+    snapshot = metrics.snapshot()
+    assert (snapshot.acknowledged, snapshot.undelivered) == (1, 2)
+    value = metrics.registry.get_sample_value
+    assert value("inspection_events_total", {"fate": "acknowledged"}) == 2
+    assert value("inspection_events_total", {"fate": "undelivered"}) == 3
+
+
+def test_quantiles_are_of_what_was_seen(metrics):
+    """Latencies are in milliseconds from capture to verdict; None before the first."""
+    assert metrics.snapshot().p99_ms is None
+    for value in range(1, 101):
+        metrics.verdict("c1", Judgement.OK, None, value / 1000)
+    snapshot = metrics.snapshot()
+    assert snapshot.p50_ms == pytest.approx(50.5, abs=0.1)
+    assert snapshot.p99_ms == pytest.approx(99.0, abs=0.1)
+    assert snapshot.cameras[1].p50_ms is None
+
+
+def test_a_camera_is_up_while_it_streams(metrics):
+    """A camera shows before its first frame, and its state and reason follow it."""
+    metrics.camera_state("c1", CameraState.STREAMING)
+    assert metrics.registry.get_sample_value("inspection_camera_up", {"camera": "c1"}) == 1
+    metrics.camera_state("c1", CameraState.LOST, "timeout")
+    assert metrics.registry.get_sample_value("inspection_camera_up", {"camera": "c1"}) == 0
+    assert metrics.registry.get_sample_value("inspection_camera_up", {"camera": "c2"}) == 0
+    camera = metrics.snapshot().cameras[0]
+    assert (camera.state, camera.reason) == (CameraState.LOST, "timeout")
+
+
+def test_no_part_becomes_a_label(metrics):
+    """Labels are cameras, stations, stages, verdicts, causes and fates: their number does not grow with parts."""
+    metrics.verdict("c1", Judgement.NG, None, 0.1)
+    metrics.stage("ingest", 0.01)
+    names = {name for m in metrics.registry.collect() for s in m.samples for name in s.labels}
+    assert names <= {"camera", "station", "stage", "verdict", "cause", "fate", "le"}
+    assert b"inspection_verdict_latency_seconds" in generate_latest(metrics.registry)
