@@ -173,7 +173,7 @@ class Supervisor:
                     if watched.state in ("starting", "ready"):
                         self._look_after(watched)
                 self._write_state()
-                time.sleep(WATCH_PERIOD_S)
+                self._sleep(WATCH_PERIOD_S)
         finally:
             self.stop()
 
@@ -232,6 +232,12 @@ class Supervisor:
         except (OSError, StackError) as error:
             watched.state = "failed"
             log.error("%s: cannot be started again: %s", watched.component.name, error)
+
+    def _sleep(self, seconds: float) -> None:
+        """Sleep, but not through a request to stop: a signal does not end Python's own sleep."""
+        deadline = time.monotonic() + seconds
+        while not self._stop_asked and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def _write_state(self) -> None:
         path = self._state_dir / "state.json"
