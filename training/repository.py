@@ -223,10 +223,11 @@ def _move(source: Path, destination: Path, aside: Path, undo: list[Callable[[], 
     if destination.exists():
         kept = aside / f"{len(undo)}"
         shutil.copy2(destination, kept)
+        source.replace(destination)
         undo.append(lambda: kept.replace(destination))
     else:
+        source.replace(destination)
         undo.append(lambda: shutil.rmtree(destination) if destination.is_dir() else destination.unlink())
-    source.replace(destination)
 
 
 def _step_config(

@@ -16,7 +16,7 @@ BRASS = (186.0, 152.0, 84.0)
 KINDS = ("screw", "nut", "washer", "pin")
 # Window sides; a part of a kind covers about AREA pixels.
 SIDE = {"screw": 104, "nut": 54, "washer": 52, "pin": 76}
-AREA = {"screw": 1750, "nut": 1050, "washer": 1250, "pin": 1050}
+AREA = {"screw": 1430, "nut": 1050, "washer": 1175, "pin": 1050}
 
 
 def part(kind: str, angle: float, generator: Generator, *, bent: float = 0.0, broken: bool = False) -> Stamp:
