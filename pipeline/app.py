@@ -286,6 +286,7 @@ class Line:
         if part.verdict.judgement != "OK":
             log.info(
                 "part",
+                camera=part.frame.camera_id,
                 part=part.frame.part_id,
                 verdict=part.verdict.judgement.value,
                 reasons=list(part.verdict.reasons),

@@ -58,8 +58,10 @@ Config = Annotated[Path, typer.Option("--config", "-c", help="The line file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
-stdout = Console()
-stderr = Console(stderr=True)
+_WIDE = 132  # columns of a table in a file or a pipe, where no terminal says how wide it is
+
+stdout = Console(width=None if sys.stdout.isatty() else _WIDE)
+stderr = Console(stderr=True, width=None if sys.stderr.isatty() else _WIDE)
 
 
 def main() -> None:

@@ -93,6 +93,7 @@ class RtspCamera(_Camera):
 
 
 class _Paced(_Camera):
+    queue_frames: Annotated[int, Field(ge=1, le=1000)] = 8
     overflow: Literal["wait", "drop_oldest"] = "wait"
     path: Path
     """File or folder to read."""

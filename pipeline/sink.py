@@ -7,6 +7,7 @@ nothing expires: the library retries for as long as the brokers are away.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -64,8 +65,7 @@ class Sink:
                 allow_auto_create_topics=False,
             )
             for kind in ("verdict.v1", "view.v1", "status.v1"):
-                if not self._producer.partitions_for(self._topic(kind)):
-                    raise KafkaTimeoutError(f"topic {self._topic(kind)} does not exist")
+                self._require(self._topic(kind))
         except KafkaError as error:
             self._abandon()
             raise DependencyError(
@@ -73,6 +73,14 @@ class Sink:
                 hint="start it (`logicrd stack up` makes the topics too), or correct kafka.bootstrap in the line file",
             ) from None
         self._thread.start()
+
+    def _require(self, topic: str) -> None:
+        """See that a topic is there; the library tells a missing one only by not answering."""
+        assert self._producer is not None  # noqa: S101 (set by start)
+        with contextlib.suppress(KafkaTimeoutError):
+            if self._producer.partitions_for(topic):
+                return
+        raise KafkaTimeoutError(f"topic {topic} does not exist, or the brokers do not tell within 2 s")
 
     def put(self, *events: Event) -> None:
         """Queue events; those beyond the bound are refused, counted and logged once a spell."""

@@ -66,13 +66,23 @@ class VerdictReader:
 
         What is no event of ours comes as `{"error": ...}`: shown, never skipped in silence.
         """
-        assert self._consumer is not None  # noqa: S101 (set by __enter__)
         last_s = time.monotonic()
         while idle_s is None or time.monotonic() - last_s < idle_s:
-            for records in self._consumer.poll(timeout_ms=250).values():
-                for record in records:
-                    last_s = time.monotonic()
-                    yield _event(record)
+            for event in self._poll():
+                last_s = time.monotonic()
+                yield event
+
+    def read_to_end(self) -> Iterator[dict[str, Any]]:
+        """Yield the events that are in the topic now, however many are still coming in."""
+        assert self._consumer is not None  # noqa: S101 (set by __enter__)
+        ends = self._consumer.end_offsets(list(self._consumer.assignment()))
+        while any(self._consumer.position(partition) < end for partition, end in ends.items()):
+            yield from self._poll()
+
+    def _poll(self) -> Iterator[dict[str, Any]]:
+        assert self._consumer is not None  # noqa: S101 (set by __enter__)
+        for records in self._consumer.poll(timeout_ms=250).values():
+            yield from map(_event, records)
 
 
 def _event(record: Any) -> dict[str, Any]:  # noqa: ANN401 (the library's record has no public type)
