@@ -113,6 +113,7 @@ def test_each_frame_gets_its_own_row(client, make_frame):
         {"score": None},
         {"score": np.zeros((2, 1), np.float32)},
         {"score": np.zeros(3, np.float32)},
+        {"mahalanobis": np.zeros((3, 2), np.float32)},
         {"anomaly_map": np.zeros((3, 32, 32), np.float32)},
         {"anomaly_map": np.zeros((3, 1, 64, 64), np.float32)},
     ],
