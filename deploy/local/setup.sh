@@ -8,6 +8,12 @@ cd "$(dirname "$0")/../.."
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
+# The tools' own words go to a log; its end is shown when they fail.
+LOG=.cache/setup.log
+quietly() {
+  "$@" >>"$LOG" 2>&1 || { tail -n 20 "$LOG" >&2; return 1; }
+}
+
 # --- Python --------------------------------------------------------------------------------------------------------
 
 find_python() {
@@ -66,19 +72,19 @@ EOF
 GSTREAMER_PACKAGES=(python3-gi gir1.2-gst-rtsp-server-1.0 gstreamer1.0-plugins-good gstreamer1.0-plugins-bad
   gstreamer1.0-plugins-ugly)
 
+SUDO=()
 install_packages() {
   local missing
   mapfile -t missing < <(missing_packages)
   [ ${#missing[@]} -gt 0 ] || return 0
   local remedy="as root: apt-get install ${missing[*]}"
   command -v apt-get >/dev/null || die "missing: ${missing[*]}. This machine has no apt-get; install them by its own means"
-  local sudo=()
   if [ "$(id -u)" != 0 ]; then
     command -v sudo >/dev/null || die "missing: ${missing[*]}. Install them $remedy"
-    sudo=(sudo)
+    SUDO=(sudo)
   fi
   say "apt-get install ${missing[*]}"
-  apt_install "${missing[@]}" || die "missing: ${missing[*]} (apt-get failed, its words are above). Install them $remedy"
+  apt_install "${missing[@]}" || die "missing: ${missing[*]} (apt-get failed, its last words are above). Install them $remedy"
   mapfile -t missing < <(missing_packages)
   [ ${#missing[@]} -eq 0 ] || die "still missing after apt-get: ${missing[*]}"
 }
@@ -88,14 +94,14 @@ apt_install() {
   local policy=/usr/sbin/policy-rc.d had_redis=yes
   command -v redis-server >/dev/null || had_redis=no
   if [ ! -e "$policy" ]; then
-    printf '#!/bin/sh\nexit 101\n' | "${sudo[@]}" tee "$policy" >/dev/null
-    "${sudo[@]}" chmod 755 "$policy"
-    trap '"${sudo[@]}" rm -f /usr/sbin/policy-rc.d' EXIT
+    printf '#!/bin/sh\nexit 101\n' | "${SUDO[@]}" tee "$policy" >/dev/null
+    "${SUDO[@]}" chmod 755 "$policy"
+    trap '"${SUDO[@]}" rm -f /usr/sbin/policy-rc.d' EXIT
   fi
-  "${sudo[@]}" apt-get update -qq >&2 || say "apt-get update failed; going on with the lists that are here"
-  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >&2 || return 1
+  quietly "${SUDO[@]}" apt-get update -qq || say "apt-get update failed; going on with the lists that are here"
+  quietly "${SUDO[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" || return 1
   if [ "$had_redis" = no ] && [ -d /run/systemd/system ]; then
-    "${sudo[@]}" systemctl disable --quiet redis-server || true
+    "${SUDO[@]}" systemctl disable --quiet redis-server || true
   fi
 }
 
@@ -124,8 +130,8 @@ project() {
 pip_install() {
   local folder=$1
   shift
-  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$@" >&2 ||
-    die "$folder: pip could not install it (its words are above); with a network or a package mirror, run this again"
+  quietly "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$@" ||
+    die "$folder: pip could not install it (its last words are above); with a network or a package mirror, run this again"
 }
 
 # --- Kafka ---------------------------------------------------------------------------------------------------------
@@ -139,9 +145,9 @@ kafka() {
   command -v mvn >/dev/null || die "missing: maven, to fetch the Kafka broker. Install it as root: apt-get install maven"
   say "the Kafka broker from deploy/local/pom.xml"
   rm -rf "$folder"
-  mvn --quiet --batch-mode -Dstyle.color=never --file deploy/local/pom.xml dependency:copy-dependencies \
-    -DincludeScope=runtime -DoutputDirectory="$PWD/$folder" >&2 ||
-    die "Maven could not fetch the Kafka broker (its words are above); with a network or a package mirror, run this again"
+  quietly mvn --quiet --batch-mode --file deploy/local/pom.xml dependency:copy-dependencies \
+    -DincludeScope=runtime -DoutputDirectory="$PWD/$folder" ||
+    die "Maven could not fetch the Kafka broker (its last words are above); with a network or a package mirror, run this again"
   printf '%s\n' "$key" >"$KAFKA_STAMP"
 }
 
@@ -154,6 +160,7 @@ wants() { [[ $PARTS == *" $1 "* ]]; }
 mkdir -p .cache
 exec 9>.cache/setup.lock
 flock 9
+: >"$LOG"
 
 PYTHON=$(find_python)
 install_packages
