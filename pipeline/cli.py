@@ -91,6 +91,7 @@ def run(
     seconds: Annotated[float | None, typer.Option(help="Stop after this time.", min=0.1)] = None,
     until_end: Annotated[bool, typer.Option(help="Stop when every file or folder has been read.")] = True,
     as_json: Json = False,
+    summary: Annotated[Path | None, typer.Option(help="Write the closing figures to this file as JSON.")] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "",
 ) -> None:
     """Run the line until its cameras end, the time is up, or Ctrl-C; exit 5 if a verdict did not reach Kafka."""
@@ -104,7 +105,7 @@ def run(
         _watch(line, interrupted, started, seconds=seconds, until_end=until_end, table=table)
     finally:
         last = line.close()
-    _summarise(last, time.monotonic() - started, as_json=as_json)
+    _summarise(last, time.monotonic() - started, as_json=as_json, path=summary)
     if last.undelivered:
         raise CheckError(f"{last.undelivered} verdicts never reached Kafka", hint="see the log for the reason")
 
@@ -308,9 +309,12 @@ def _watch(
             time.sleep(0.1)
 
 
-def _summarise(last: LineSnapshot, elapsed_s: float, *, as_json: bool) -> None:
+def _summarise(last: LineSnapshot, elapsed_s: float, *, as_json: bool, path: Path | None) -> None:
+    document = json.dumps({"elapsed_s": round(elapsed_s, 2), **asdict(last)}) + "\n"
+    if path is not None:
+        path.write_text(document, encoding="utf-8")
     if as_json:
-        sys.stdout.write(json.dumps({"elapsed_s": round(elapsed_s, 2), **asdict(last)}) + "\n")
+        sys.stdout.write(document)
         return
     rates = {camera.camera_id: camera.frames / elapsed_s for camera in last.cameras}
     stdout.print(draw(last, rates, elapsed_s=elapsed_s))
