@@ -16,7 +16,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import structlog
 import typer
@@ -92,7 +92,9 @@ def run(
     until_end: Annotated[bool, typer.Option(help="Stop when every file or folder has been read.")] = True,
     as_json: Json = False,
     summary: Annotated[Path | None, typer.Option(help="Write the closing figures to this file as JSON.")] = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "",
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"] | None, typer.Option(help="What to say on stderr.")
+    ] = None,
 ) -> None:
     """Run the line until its cameras end, the time is up, or Ctrl-C; exit 5 if a verdict did not reach Kafka."""
     table = stderr.is_terminal and not as_json
@@ -348,8 +350,14 @@ def _threshold_row(store: ThresholdStore, manifest: Manifest) -> dict[str, Any]:
 
 
 def _verdict_line(event: dict[str, Any]) -> str:
-    if "error" in event:
-        return f"{event['key'] or '-':24} {event['error']} (partition {event['partition']}, offset {event['offset']})"
+    try:
+        return _judged_line(event)
+    except (KeyError, TypeError, ValueError):
+        error = event.get("error", "no verdict of this line")
+        return f"{event['key'] or '-':24} {error} (partition {event['partition']}, offset {event['offset']})"
+
+
+def _judged_line(event: dict[str, Any]) -> str:
     data = event["data"]
     fused = (data["views"][0]["scores"] or {}).get("fused") if data["views"] else None
     score = "-" if fused is None else f"{fused:.3f}"

@@ -22,6 +22,7 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
 )
 
 from pipeline.errors import ConfigError
@@ -78,9 +79,7 @@ class RtspCamera(_Camera):
     @field_validator("url")
     @classmethod
     def _no_credentials(cls, url: str) -> str:
-        if "@" in urlsplit(url).netloc:
-            raise ValueError("credentials do not belong in the address: use `user` and `password_file`")
-        return url
+        return _without_credentials(url)
 
     def address(self) -> str:
         """Give the address with credentials, to be handed to the decoder and to nothing else."""
@@ -94,7 +93,10 @@ class RtspCamera(_Camera):
 
 class _Paced(_Camera):
     queue_frames: Annotated[int, Field(ge=1, le=1000)] = 8
+    """How many pictures may wait for inference."""
     overflow: Literal["wait", "drop_oldest"] = "wait"
+    """What a full queue does: `wait` holds the reader back, `drop_oldest` gives up the oldest waiting picture, whose
+    part becomes UNINSPECTED with cause `queue_full`."""
     path: Path
     """File or folder to read."""
     rate: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.0
@@ -155,6 +157,12 @@ class Redis(_Block):
     """Server and data base, without a password."""
     password_file: Path | None = None
     """File that holds the password, and nothing else."""
+
+    @field_validator("url")
+    @classmethod
+    def _no_credentials(cls, url: str) -> str:
+        return _without_credentials(url)
+
     refresh_s: Positive = 30.0
     """How often thresholds are read again, whether or not a change was announced."""
     snapshot: Path | None = None
@@ -264,19 +272,35 @@ class LineConfig(BaseSettings):
         return f"/{self.site}/{self.area}/{self.line}"
 
 
+def _without_credentials(url: str) -> str:
+    if "@" in urlsplit(url).netloc:
+        raise ValueError("credentials do not belong in the address: use `password_file`")
+    return url
+
+
 def load(path: Path) -> LineConfig:
     """Read and check a line file.
 
     Raises ConfigError with one line per fault: where, what, and the nearest known name for an unknown key.
     """
     data = _read_yaml(path)
+    # The settings library takes such names for switches of its own and would not call them unknown.
+    if private := [key for key in data if str(key).startswith("_")]:
+        raise ConfigError(f"{path}: {private[0]}: unknown key", hint="`logicrd config schema` lists every key")
     try:
         config = LineConfig(**data)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(path, error)), hint="`logicrd config schema` lists every key") from None
+    except SettingsError as error:
+        raise ConfigError(
+            f"environment ({ENV_PREFIX}...): {error}", hint="lists and blocks are JSON there, as '[\"host:9092\"]'"
+        ) from None
     except TypeError:
         raise ConfigError(f"{path}: keys must be words", hint="`logicrd config schema` lists every key") from None
-    return _rooted(config, path.resolve().parent)
+    config = _rooted(config, path.resolve().parent)
+    for secret in _secrets(config):
+        read_secret(secret)
+    return config
 
 
 def schema() -> dict[str, Any]:
@@ -331,9 +355,16 @@ def _rooted(config: LineConfig, root: Path) -> LineConfig:
     return config.model_copy(update={"cameras": cameras, "triton": triton, "redis": redis, "evidence": evidence})
 
 
+def _secrets(config: LineConfig) -> Iterator[Path]:
+    cameras = (camera.password_file for camera in config.cameras if isinstance(camera, RtspCamera))
+    yield from (path for path in (*cameras, config.redis.password_file) if path is not None)
+
+
 def _explain(path: Path, error: ValidationError) -> Iterator[str]:
     for fault in error.errors(include_url=False, include_context=False):
-        steps = [step for step in fault["loc"] if step not in {"rtsp", "video", "folder"}]
+        steps = list(fault["loc"])
+        if steps[:1] == ["cameras"] and len(steps) > 2:
+            del steps[2]  # the kind of camera: a step of the checker, not of the file
         place = re.sub(r"\.\[", "[", ".".join(f"[{step}]" if isinstance(step, int) else str(step) for step in steps))
         if fault["type"] == "extra_forbidden":
             yield f"{path}: {place}: unknown key{_nearest(str(steps[-1]), steps[:-1])}"

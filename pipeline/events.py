@@ -226,16 +226,22 @@ def inspection_id(source: str, station: str, part_id: str, camera_id: str) -> st
     return str(uuid5(_NAMESPACE, f"{source}/{station}/{camera_id}/{part_id}"))
 
 
-def decode(value: bytes, headers: dict[str, bytes]) -> dict[str, Any]:
+def decode(value: bytes, headers: dict[str, bytes | None]) -> dict[str, Any]:
     """Read an event of either mode as `{"attributes": {...}, "data": {...}}`. Raises ValueError for anything else."""
-    document = json.loads(value)
-    if headers.get("content-type", b"").startswith(b"application/cloudevents"):
-        data = document.pop("data")
-        return {"attributes": document, "data": data}
-    attributes = {name.removeprefix("ce_"): text.decode() for name, text in headers.items() if name.startswith("ce_")}
-    if "id" not in attributes:
-        raise ValueError("not a CloudEvent: no ce_id header")
-    return {"attributes": attributes, "data": document}
+    try:
+        document = json.loads(value)
+    except RecursionError:
+        raise ValueError("not a CloudEvent: nested too deeply") from None
+    if not isinstance(document, dict):
+        raise ValueError("not a CloudEvent of ours: no JSON object")  # noqa: TRY004 (a wrong record, not a wrong call)
+    if (headers.get("content-type") or b"").startswith(b"application/cloudevents"):
+        attributes, data = document, document.pop("data", None)
+    else:
+        named = ((name.removeprefix("ce_"), text) for name, text in headers.items() if name.startswith("ce_"))
+        attributes, data = {name: text.decode() for name, text in named if text is not None}, document
+    if "id" not in attributes or not isinstance(data, dict):
+        raise ValueError("not a CloudEvent of ours: no id, or no data object")
+    return {"attributes": attributes, "data": data}
 
 
 def schemas() -> dict[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from zlib import crc32
 
 import cv2
 import numpy as np
@@ -57,7 +58,10 @@ class Evidence:
         wanted = judgement in {Judgement.NG, Judgement.REVIEW} or self._settings.keep == "all"
         if self._settings.dir is None or inference.frame.image is None or not wanted:
             return None
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", inference.frame.part_id)[:100]
+        part_id = inference.frame.part_id
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", part_id)[:100]
+        if name != part_id:  # two parts must not share a name that was made fit
+            name += f".{crc32(part_id.encode()):08x}"
         kind = "jpg" if judgement in {Judgement.NG, Judgement.REVIEW} else "png"
         return f"{inference.frame.camera_id}/{name}.{judgement.value}.{kind}"
 

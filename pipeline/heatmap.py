@@ -22,6 +22,8 @@ def overlay(image: Image, anomaly_map: AnomalyMap, scale: HeatMapScale) -> Image
     Values are placed on `scale.limit`..`scale.high` and clamped there; opacity grows to 0.6 with the value.
     """
     height, width = image.shape[:2]
+    # A value that is not finite is drawn as the strongest or as nothing: it must not blot out its neighbours.
+    anomaly_map = np.nan_to_num(anomaly_map, nan=scale.low, posinf=scale.high, neginf=scale.low).astype(np.float32)
     enlarged = cv2.resize(anomaly_map, (width, height), interpolation=cv2.INTER_LINEAR)
     span = max(scale.high - scale.limit, 1e-12)
     strength = np.clip((enlarged - scale.limit) / span, 0.0, 1.0)

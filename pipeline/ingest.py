@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import cv2
+import numpy as np
 import structlog
 
 from pipeline.config import Camera, RtspCamera
@@ -29,7 +30,7 @@ log = structlog.get_logger(__name__)
 
 def to_model_size(image: Image, height: int, width: int) -> Image:
     """Resize HWC uint8 RGB to the model's size: preprocessing `resize-area-v1`, as in training/data.py."""
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
+    return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ def decide(inference: Inference, threshold: Threshold | None, calibration: Calib
 def regions(anomaly_map: AnomalyMap, limit: float) -> tuple[Region, ...]:
     """Find the connected areas of an (h, w) map above `limit`, strongest first, at most `MAX_REGIONS`."""
     height, width = anomaly_map.shape
-    above = (anomaly_map > limit).astype(np.uint8)
+    above = ((anomaly_map > limit) & np.isfinite(anomaly_map)).astype(np.uint8)
     count, labels, stats, _ = cv2.connectedComponentsWithStats(above, connectivity=8)
     found = [
         Region(

@@ -6,6 +6,7 @@ file that ends too early is an error, not a half-grey picture.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -21,6 +22,8 @@ from pipeline.sources.stream import MAX_PIXELS, StreamSource
 from pipeline.types import Image, Picture
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+# What is none of these is no picture: Pillow would run Ghostscript for a PostScript file of any name.
+_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 _MODES = frozenset({"1", "L", "P", "RGB", "RGBA"})
 
 
@@ -51,7 +54,8 @@ class FolderSource:
         path = next(self._paths, None)
         if path is None:
             return None
-        part_id = path.relative_to(self._folder).with_suffix("").as_posix()
+        name = path.relative_to(self._folder).as_posix()
+        part_id = os.fsencode(name).decode("utf-8", errors="replace")  # a name in another encoding is still told
         captured_at, captured_s = datetime.now(UTC), time.monotonic()
         try:
             image = read_picture(path)
@@ -68,16 +72,21 @@ def open_video(path: Path) -> StreamSource:
 def read_picture(path: Path) -> Image:
     """Decode one picture to HWC uint8 RGB, upright. Raises FrameError naming the file and the fault."""
     try:
-        with PillowImage.open(path) as picture:
+        with PillowImage.open(path, formats=_FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 size = f"{picture.width} x {picture.height}"
                 raise FrameError(f"{path.name}: {size} is over the limit of {MAX_PIXELS} pixels")
-            if picture.mode not in _MODES:
+            if picture.mode not in _MODES or _is_deep(picture):
                 raise FrameError(f"{path.name}: pixel format {picture.mode} is not 8-bit grey or RGB; convert it")
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    except PillowImage.DecompressionBombError:
+    except (PillowImage.DecompressionBombError, PillowImage.DecompressionBombWarning):
         raise FrameError(f"{path.name}: the picture is far over the limit of {MAX_PIXELS} pixels") from None
     except UnidentifiedImageError:
         raise FrameError(f"{path.name}: not a picture") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise FrameError(f"{path.name}: cut or corrupt: {error}") from None
+
+
+def _is_deep(picture: PillowImage.Image) -> bool:
+    """Say whether a colour picture has 16 bits a channel, of which Pillow would keep the upper eight in silence."""
+    return any(";16" in str(tile.args) for tile in getattr(picture, "tile", ()))

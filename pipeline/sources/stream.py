@@ -62,6 +62,7 @@ class StreamSource:
         self._ready: deque[tuple[VideoFrame, datetime, float]] = deque()
         # Frames after a damaged one are built upon it, and the decoder does not say so: none counts until a key frame.
         self._damaged = False
+        self._empty = True
 
     def __enter__(self) -> StreamSource:
         try:
@@ -69,7 +70,7 @@ class StreamSource:
         except (av.error.FFmpegError, OSError) as error:
             raise self._lost("cannot be opened", error) from None
         self._container = container
-        self._damaged = False
+        self._damaged, self._empty = False, True
         if not container.streams.video:
             container.close()
             raise SourceError(f"{self._shown} has no video stream", reason="codec_unsupported", final=True)
@@ -94,7 +95,9 @@ class StreamSource:
         while not self._ready:
             packet = self._next_packet()
             if packet is None:
+                self._refuse_empty()
                 return None
+            self._empty = self._empty and not packet.size
             self._decode(packet)
         frame, captured_at, captured_s = self._ready.popleft()
         part_id = _part_id(frame)
@@ -124,6 +127,10 @@ class StreamSource:
             raise FrameError(f"{self._shown}: a frame cannot be decoded: {error}") from None
         self._ready.extend((frame, captured_at, captured_s) for frame in frames)
 
+    def _refuse_empty(self) -> None:
+        if self._empty and "://" not in self._address:
+            raise SourceError(f"{self._shown} holds no picture", reason="no_frames", final=True)
+
     def _lost(self, what: str, error: Exception) -> SourceError:
         """Map a fault of the library; the message never holds the address with its credentials."""
         for kind, reason, hint in _REASONS:
@@ -142,6 +149,9 @@ def _part_id(frame: VideoFrame) -> str | None:
             continue
         message = bytes(data)
         if message[:16] == PART_ID_UUID.bytes and len(message) <= 16 + MAX_PART_ID_BYTES:
-            text = message[16:].decode("utf-8", errors="replace").strip("\0")
+            try:
+                text = message[16:].decode().strip("\0")
+            except UnicodeDecodeError:
+                return None
             return text if text.isprintable() and text else None
     return None

@@ -242,7 +242,7 @@ def test_bad_pictures_are_named_and_uninspected(stack, line_file, products, tmp_
         said = line.log()
     verdicts = received(stack.endpoints["kafka"], made.name, at_least=7)
     uninspected = {event["data"]["partId"] for event in verdicts.events if event["data"]["verdict"] == "UNINSPECTED"}
-    assert uninspected == {"cut", "empty", "bomb"}
+    assert uninspected == {"cut.jpg", "cut.png", "empty.png", "bomb.png"}
     assert verdicts.causes == {"frame_corrupt": 4}
     assert all(name in said for name in ("cut.jpg", "cut.png", "empty.png", "bomb.png"))
 

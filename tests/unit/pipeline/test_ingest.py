@@ -78,9 +78,9 @@ def test_a_folder_becomes_frames_at_model_size(line, folder):
     """Each picture is a frame at the model's size, numbered from 1, with its part id and its deadline."""
     run_to_end(line.reader(folder, size=(16, 24)))
     assert [(frame.number, frame.part_id, frame.part_id_source) for frame in line.frames] == [
-        (1, "a", "file"),
-        (2, "b", "file"),
-        (3, "c", "file"),
+        (1, "a.png", "file"),
+        (2, "b.png", "file"),
+        (3, "c.png", "file"),
     ]
     assert all(frame.image.shape == (16, 24, 3) and frame.cause is None for frame in line.frames)
     assert all(frame.deadline_s == frame.captured_s + 2.0 for frame in line.frames)
@@ -93,9 +93,9 @@ def test_a_bad_picture_is_a_frame_with_a_cause(line, folder):
     (folder.path / "b.png").write_bytes(whole[: len(whole) // 2])
     run_to_end(line.reader(folder))
     assert [(frame.part_id, frame.cause) for frame in line.frames] == [
-        ("a", None),
-        ("b", Cause.FRAME_CORRUPT),
-        ("c", None),
+        ("a.png", None),
+        ("b.png", Cause.FRAME_CORRUPT),
+        ("c.png", None),
     ]
     assert line.frames[1].image is None
     assert line.states[-1][1] is CameraState.ENDED
@@ -106,9 +106,9 @@ def test_a_picture_of_another_size_is_a_frame_with_a_cause(line, folder):
     Image.new("RGB", (48, 64)).save(folder.path / "b.png")
     run_to_end(line.reader(folder.model_copy(update={"picture_size": [64, 48]})))
     assert [(frame.part_id, frame.cause) for frame in line.frames] == [
-        ("a", None),
-        ("b", Cause.FRAME_CORRUPT),
-        ("c", None),
+        ("a.png", None),
+        ("b.png", Cause.FRAME_CORRUPT),
+        ("c.png", None),
     ]
 
 
@@ -118,7 +118,7 @@ def test_a_repeated_part_has_a_name_of_its_own(line, folder):
     line.on_frame = lambda frame: reader.stop() if frame.number == 5 else None
     reader.start()
     assert reader.join(5.0)
-    assert [frame.part_id for frame in line.frames] == ["a", "b", "c", "a#1", "b#1"]
+    assert [frame.part_id for frame in line.frames] == ["a.png", "b.png", "c.png", "a.png#1", "b.png#1"]
 
 
 def test_rate_spreads_the_pictures(line, folder):

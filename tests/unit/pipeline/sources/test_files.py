@@ -149,7 +149,7 @@ def test_a_folder_is_read_in_order_past_its_bad_files(tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     (tmp_path / "e.png").mkdir()
     with FolderSource(tmp_path) as source:
-        assert drain(source) == ["a", "!b", "d", "!e", "sub/c"]
+        assert drain(source) == ["a.jpg", "!b.png", "d.bmp", "!e.png", "sub/c.PNG"]
         assert source.read() is None
 
 
