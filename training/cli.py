@@ -6,6 +6,7 @@ stderr the rest; progress bars appear on a terminal only.
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -15,8 +16,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from training.config import CONFIGS, FitConfig, PretrainConfig, load_config
-from training.data import list_images, open_loco
+from training.config import CONFIGS, FitConfig, PretrainConfig, check_product_name, load_config
+from training.data import check_readable, list_images, open_loco
 from training.detector import load_bundle, save_bundle
 from training.errors import ConfigError, TrainingError
 from training.evaluate import ScoreRecord, evaluate, metrics_of, score_files
@@ -74,21 +75,25 @@ def fit_command(
     settings = settings.model_copy(update={key: value for key, value in changes.items() if value is not None})
     if (teacher is None) == (random_seed is None):
         raise ConfigError("fit: give either --teacher FILE or --random-teacher SEED")
+    name = check_product_name(product or data.resolve().name)
     network = load_teacher(teacher) if teacher is not None else random_teacher(random_seed or 0)
     folder = open_loco(data)
+    check_readable(file for files in folder.test.values() for file in files)
     with _progress() as bar:
-        task = bar.add_task(product or data.name, total=1.0, note="")
+        task = bar.add_task(f"fit {name}", total=1.0, note="")
 
         def report(now: FitProgress) -> None:
             note = f"step {now.step}  loss {now.loss:.4f}  validation {now.validation_loss:.4f}  "
             bar.update(task, completed=now.share, note=note + f"{now.images_per_s:.1f} images/s")
 
-        detector = fit(folder, product or data.resolve().name, network, settings, report)
+        detector = fit(folder, name, network, settings, report)
+    # Kept before it is measured: a failing report must not cost the training.
+    save_bundle(out, detector)
     if folder.test:
         metrics, _ = evaluate(detector, folder)
         description = detector.description.model_copy(update={"metrics": metrics})
-        detector = type(detector)(detector.network, detector.statistics, description)
-    save_bundle(out, detector)
+        detector = replace(detector, description=description)
+        save_bundle(out, detector)
     typer.echo(detector.description.model_dump_json(indent=1, include={"product", "calibration", "metrics"}))
 
 
@@ -183,5 +188,8 @@ def main() -> None:
     except TrainingError as error:
         sys.stderr.write(f"logicrd-train: {error}\n")
         raise SystemExit(error.exit_code) from error
+    except OSError as error:
+        sys.stderr.write(f"logicrd-train: '{error.filename}': {error.strerror}; check the path and its rights\n")
+        raise SystemExit(3) from error
     except KeyboardInterrupt as error:
         raise SystemExit(130) from error

@@ -4,6 +4,7 @@ Reads the one file it is given and never the environment. Unknown keys are refus
 Called by `cli`; the values travel down as frozen models.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -13,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from training.errors import ConfigError
 
 CONFIGS = Path(__file__).parent / "configs"
+# Names a folder of the model repository and a Triton model; long enough for people, short enough for metric labels.
+PRODUCT_NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 
 
 class _Settings(BaseModel):
@@ -57,6 +60,13 @@ class PretrainConfig(_Settings):
     max_steps: Annotated[int, Field(ge=1)] = 1_000_000
     seed: int = 7
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
+
+
+def check_product_name(name: str) -> str:
+    """The name itself; raises ConfigError where no model repository could hold it."""
+    if PRODUCT_NAME.fullmatch(name) is None:
+        raise ConfigError(f"product '{name}': names match {PRODUCT_NAME.pattern}, e.g. fastener-tray; give --product")
+    return name
 
 
 SettingsT = TypeVar("SettingsT", FitConfig, PretrainConfig)

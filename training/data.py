@@ -7,7 +7,7 @@ without a word. Never keeps more than the pictures at model size. Called by `fit
 import hashlib
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +80,12 @@ def read_image(path: Path) -> Image:
     if decoded is None or decoded.shape[:2] != (height, width):
         raise DataError(f"picture '{path}': cannot be decoded; is it damaged?")
     return np.asarray(cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+
+
+def check_readable(files: Iterable[Path]) -> None:
+    """Decodes every file once; raises DataError that names the first bad one, before hours go into training."""
+    for path in files:
+        read_image(path)
 
 
 def load_at_model_size(files: Sequence[Path], size: int) -> NDArray[np.uint8]:

@@ -5,7 +5,6 @@ as it was. Older versions of a product stay. Called by `cli`.
 """
 
 import hashlib
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,9 +17,10 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import nn
 
+from training.config import check_product_name
 from training.data import PREPROCESSING
 from training.detector import Description, Detector, empty_deployable
-from training.errors import CheckFailedError, ConfigError, DataError
+from training.errors import CheckFailedError, DataError
 from training.graphs import STAGES, fill_parameters, joined, parameters_of, stage_graph
 from training.mahalanobis import Statistics, distance
 from training.metrics import ImageMetrics
@@ -42,7 +42,6 @@ from training.repository import (
     tensor_shapes,
 )
 
-PRODUCT_NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 TOLERANCE = 1e-3
 PARITY_BATCHES = (1, 8)
 BACKEND = Path(__file__).parent / "templates" / "mahalanobis_model.py"
@@ -52,9 +51,7 @@ Graphs = dict[str, onnx.ModelProto]
 
 def export(detector: Detector, repository: Path, serving: Serving) -> Manifest:
     """Adds the detector to `repository` as a new version; raises CheckFailedError (parity) with nothing changed."""
-    product = detector.description.product
-    if PRODUCT_NAME.fullmatch(product) is None:
-        raise ConfigError(f"product '{product}': names match {PRODUCT_NAME.pattern}, e.g. fastener-tray")
+    check_product_name(detector.description.product)
     graphs = build_graphs(detector)
     check_parity(detector, joined(graphs))
     repository.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """The command: exit codes, one-line errors, JSON, from fit to evaluate."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -69,6 +70,29 @@ def test_errors_are_one_line_with_their_exit_code(monkeypatch, capsys, tmp_path,
     assert message in answer.err
     assert answer.out == ""
     assert code == 2 or answer.err.count("\n") == 1
+
+
+def test_bad_test_picture_is_found_before_training(monkeypatch, capsys, loco, tmp_path, settings):
+    """A picture that only the report would read is refused at once, and no bundle is begun."""
+    data = shutil.copytree(loco, tmp_path / "data")
+    (data / "test/good/001.png").write_bytes(b"")
+    arguments = ["--out", tmp_path / "b", "--config", settings, "--random-teacher", 1, "--product", "tiny-part"]
+    assert run(monkeypatch, "fit", "--data", data, *arguments) == 3
+    assert "001.png" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_unfit_product_name_is_found_before_training(monkeypatch, capsys, loco, tmp_path):
+    """Not after the training, when the export would refuse it."""
+    assert run(monkeypatch, "fit", "--data", loco, "--out", tmp_path, "--random-teacher", 0, "--product", "A B") == 3
+    assert "--product" in capsys.readouterr().err
+
+
+def test_unwritable_path_is_named(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    amounts = ["--train", 2, "--validation", 2, "--test", 1, "--workers", 1]
+    assert run(monkeypatch, "scenes", "--out", tmp_path / "file", "--product", "cable-set", *amounts) == 3
+    assert "file" in capsys.readouterr().err
 
 
 def test_interrupt_ends_with_130(monkeypatch):
