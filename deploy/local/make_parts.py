@@ -16,14 +16,14 @@ import cv2
 PARTS = Path(__file__).with_name("parts")
 SEED = 20261123
 AMOUNTS = {"good": 32, "logical_anomalies": 16, "structural_anomalies": 16}
-JPEG_QUALITY = 92
+JPEG_QUALITY = 85
 
 
 def main() -> int:
     """Render, convert to JPEG, and replace what was there."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [str(Path(sys.executable).with_name("logicrd-train")), "scenes", "--out", scratch, "--product", "all"]
-        amounts = ["--train", "1", "--validation", "1", "--test", str(max(AMOUNTS.values())), "--seed", str(SEED)]
+        amounts = ["--train", "2", "--validation", "2", "--test", str(max(AMOUNTS.values())), "--seed", str(SEED)]
         subprocess.run([*command, *amounts], check=True)
         for product in sorted(path for path in Path(scratch).iterdir() if path.is_dir()):
             target = PARTS / product.name
