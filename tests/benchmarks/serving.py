@@ -93,15 +93,16 @@ class Ensemble:
         return time.perf_counter() - start, latencies
 
     def stages(self) -> dict[str, dict[str, int]]:
-        """Triton's running totals of every model: executions, images, and nanoseconds by phase."""
+        """Triton's running totals of the ensemble and its steps: requests, and nanoseconds by phase."""
+        config = self._client.get_model_config(self._product, client_timeout=REQUEST_TIMEOUT_S).config
+        names = {self._product, *(step.model_name for step in config.ensemble_scheduling.step)}
         answer = self._client.get_inference_statistics(client_timeout=REQUEST_TIMEOUT_S)
-        return {model.name: _totals(model) for model in answer.model_stats}
+        return {model.name: _totals(model) for model in answer.model_stats if model.name in names}
 
 
 def _totals(model: Any) -> dict[str, int]:
     phases = model.inference_stats
     return {
-        "executions": model.execution_count,
         "requests": phases.success.count,
         "queue_ns": phases.queue.ns,
         "input_ns": phases.compute_input.ns,
