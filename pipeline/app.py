@@ -36,6 +36,7 @@ _TICK_S = 0.05
 """How often deadlines are looked at: the most by which an overdue verdict is late."""
 _MAX_RESULTS = 4096
 _DRAIN_MARGIN_S = 1.0
+_SERVICE_WEIGHT = 0.2
 
 log = structlog.get_logger(__name__)
 
@@ -75,6 +76,8 @@ class Line:
             threading.Thread(target=self._dispatch, name="dispatcher", daemon=True),
             threading.Thread(target=self._judge_all, name="judge", daemon=True),
         ]
+        # Moving average of a batch's time at the server; written by gRPC's threads, read by the dispatcher.
+        self._service_s = 0.0
         self._page: HealthPage | None = None
 
     def start(self) -> None:
@@ -199,9 +202,7 @@ class Line:
             if not self._slots.acquire(timeout=0.5):
                 continue
             batch = self._batcher.take(timeout_s=0.25)
-            # Overdue frames get their verdict from the judge, which watches the clock.
-            now = time.monotonic()
-            live = tuple(frame for frame in batch.frames if frame.deadline_s > now) if batch is not None else ()
+            live = self._in_time(batch.frames) if batch is not None else ()
             if batch is None or not live:
                 self._slots.release()
                 continue
@@ -212,9 +213,23 @@ class Line:
                 self._answered([Inference(frame, cause=Cause.TRITON_UNAVAILABLE) for frame in live])
         self.health.retire("dispatcher")
 
+    def _in_time(self, frames: tuple[Frame, ...]) -> tuple[Frame, ...]:
+        """Give up the frames whose answer would come too late, and keep the others.
+
+        Without this, an overloaded line would spend all its time on frames that are nearly overdue, and judge none.
+        """
+        latest = time.monotonic() + min(self._service_s, self._config.budget_ms / 2e3)
+        for frame in frames:
+            if frame.deadline_s <= latest:
+                self._results.put(Inference(frame, cause=Cause.DEADLINE), timeout=1.0)
+        return tuple(frame for frame in frames if frame.deadline_s > latest)
+
     def _answered(self, inferences: list[Inference]) -> None:
         """Take a batch's answers from gRPC's thread."""
         self._slots.release()
+        first = inferences[0]
+        if first.sent_s is not None and first.received_s is not None:
+            self._service_s += _SERVICE_WEIGHT * (first.received_s - first.sent_s - self._service_s)
         for inference in inferences:
             self._results.put(inference, timeout=1.0)
 

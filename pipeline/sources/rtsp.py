@@ -5,10 +5,10 @@ from __future__ import annotations
 from pipeline.config import RtspCamera
 from pipeline.sources.stream import StreamSource
 
-# A short probe: cameras send their parameter sets in the SDP, and every probed packet is latency at start.
+# A short probe: cameras send their parameter sets in the SDP, and every probed packet is latency at start. Never
+# `nobuffer`: it throws the probed packets away, and with them the first parts.
 _OPTIONS = {
     "rtsp_transport": "tcp",
-    "fflags": "nobuffer",
     "flags": "low_delay",
     "probesize": "65536",
     "analyzeduration": "500000",
