@@ -35,15 +35,17 @@ lint: ## ruff, and who may import whom
 	.venv/bin/lint-imports
 
 type: ## mypy, strict
-	@$(SETUP) line
+	@$(SETUP) line training
 	.venv/bin/mypy
 	.venv/bin/mypy deploy/local tests/benchmarks
+	.venv-training/bin/mypy training
 
-bench: ## measure the line and the served model, against the limit of this machine
-	@$(SETUP) line triton stack
+bench: ## measure the line and the served model against the limit of this machine; leaves the stack up
+	@$(SETUP) line triton training stack
 	@$(STACK) up
-	.venv/bin/logicrd bench serving --json
-	.venv/bin/logicrd bench line --json
+	.venv-training/bin/logicrd-train export --fused .cache/fused.onnx --product fastener-tray
+	.venv/bin/logicrd bench serving --product fastener-tray --fused .cache/fused.onnx --json
+	.venv/bin/logicrd bench line --product fastener-tray --fused .cache/fused.onnx --json
 
 stack-up: ## start the embedded Triton, Kafka and Redis
 	@$(SETUP) line triton stack
