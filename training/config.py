@@ -39,9 +39,6 @@ class FitConfig(_Settings):
     image_size: Annotated[int, Field(ge=64, le=1024, multiple_of=32)] = 256
     batch_size: Annotated[int, Field(ge=2, le=256)] = 16
     learning_rate: Annotated[float, Field(gt=0)] = 5e-3
-    # Share of the budget over which the rate falls to nothing at the end: 0 is the official recipe, which trains for
-    # hours; a short run ends far nearer to its normals when the last steps are small.
-    decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_steps: Annotated[int, Field(ge=1)] = 2000
     # Wall-clock budget; whichever of steps, minutes and plateau comes first ends the run.
     max_minutes: Annotated[float, Field(gt=0)] = 60.0

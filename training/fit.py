@@ -97,18 +97,11 @@ def train_network(
         spent = time.monotonic() - started
         share = max(step / config.max_steps, spent / (60 * config.max_minutes))
         done = share >= 1 or plateau.reached
-        for group in optimiser.param_groups:
-            group["lr"] = config.learning_rate * rate_factor(share, config.decay)
         rate = step * config.batch_size / spent
         report(Progress(step, 1.0 if done else share, loss.item(), plateau.best, rate))
         if done:
             break
     return network.eval()
-
-
-def rate_factor(share: float, decay: float) -> float:
-    """Factor of the learning rate once `share` of the budget is used: 1, then a straight line to 0 over `decay`."""
-    return 1.0 if decay == 0 else min(1.0, max(0.0, 1 - share) / decay)
 
 
 def validation_loss(network: ReverseDistillation, images: NDArray[np.uint8], batch_size: int) -> float:

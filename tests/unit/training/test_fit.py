@@ -9,7 +9,7 @@ import torch
 from training.config import FitConfig
 from training.detector import measure
 from training.errors import TrainingError
-from training.fit import fit, rate_factor, train_network, validation_loss
+from training.fit import fit, train_network, validation_loss
 from training.teacher import random_teacher
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
@@ -34,13 +34,6 @@ def test_plateau_ends_the_run(config):
     steps: list[int] = []
     train_network(PICTURES, PICTURES, random_teacher(0), slow, lambda now: steps.append(now.step))
     assert steps[-1] < 20
-
-
-@pytest.mark.parametrize(("share", "factor"), [(0.0, 1), (0.6, 1), (0.8, 0.5), (1.0, 0), (1.1, 0)])
-def test_rate_falls_over_the_last_share_of_the_budget(share, factor):
-    """And never without a decay, as the official recipe has it."""
-    assert rate_factor(share, 0.4) == pytest.approx(factor)
-    assert rate_factor(share, 0.0) == 1
 
 
 def test_time_budget_ends_the_run(config):
