@@ -91,7 +91,7 @@ def test_unfit_product_name_is_found_before_training(monkeypatch, capsys, loco, 
 def test_unwritable_path_is_named(monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     amounts = ["--train", 2, "--validation", 2, "--test", 1, "--workers", 1]
-    assert run(monkeypatch, "scenes", "--out", tmp_path / "file", "--product", "cable-set", *amounts) == 3
+    assert run(monkeypatch, "scenes", "--out", tmp_path / "file/deeper", "--product", "cable-set", *amounts) == 3
     assert "file" in capsys.readouterr().err
 
 
