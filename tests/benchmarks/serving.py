@@ -28,7 +28,7 @@ from tritonclient.utils import InferenceServerException
 ROOT = Path(__file__).parents[2]
 OUTPUTS = ("score", "map_score", "mahalanobis", "anomaly_map")
 # (images a request, requests in flight): single requests as the line sends them, and full batches.
-CELLS = ((1, 1), (1, 2), (1, 3), (1, 4), (8, 1), (8, 2))
+CELLS = ((1, 1), (1, 2), (1, 4), (8, 1), (8, 2), (8, 3))
 FUSED_BATCHES = (1, 8)
 REQUEST_TIMEOUT_S = 60.0
 
