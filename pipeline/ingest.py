@@ -128,8 +128,8 @@ class CameraReader:
         next_due = time.monotonic()
         while not self._stop.is_set():
             self._line.health.beat(self._stage)
-            if not self._line.wait_for_room(self._camera.id, 0.5):
-                continue
+            if not self._line.wait_for_room(self._camera.id, 0.5) or self._stop.is_set():
+                continue  # the line makes room for nothing new when it ends
             if (rate := getattr(self._camera, "rate", 0.0)) > 0:
                 if self._stop.wait(max(0.0, next_due - time.monotonic())):
                     return
