@@ -32,7 +32,7 @@ from pipeline.events import schemas
 from pipeline.inference import InferenceClient
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.metrics import LineSnapshot
-from pipeline.screen import draw
+from pipeline.screen import draw, verdict_line
 from pipeline.tail import VerdictReader
 from pipeline.thresholds import ThresholdStore
 
@@ -252,7 +252,7 @@ def verdicts_tail(
             data = event.get("data", {})
             if (station and data.get("station") != station) or (wanted and data.get("verdict") != wanted):
                 continue
-            sys.stdout.write((json.dumps(event) if as_json else _verdict_line(event)) + "\n")
+            sys.stdout.write((json.dumps(event) if as_json else verdict_line(event)) + "\n")
             sys.stdout.flush()
 
 
@@ -347,27 +347,6 @@ def _threshold_row(store: ThresholdStore, manifest: Manifest) -> dict[str, Any]:
     shown = {key: fields.get(key, "") for key in ("ng", "review", "version")}
     rest = {key: fields.get(key, "") for key in ("updated_by", "updated_at", "reason")}
     return {"product": manifest.product, **shown, "source": "redis", **rest}
-
-
-def _verdict_line(event: dict[str, Any]) -> str:
-    try:
-        return _judged_line(event)
-    except (KeyError, TypeError, ValueError):
-        error = event.get("error", "no verdict of this line")
-        return f"{event['key'] or '-':24} {error} (partition {event['partition']}, offset {event['offset']})"
-
-
-def _judged_line(event: dict[str, Any]) -> str:
-    data = event["data"]
-    fused = (data["views"][0]["scores"] or {}).get("fused") if data["views"] else None
-    score = "-" if fused is None else f"{fused:.3f}"
-    threshold = data["threshold"]
-    limit = "-" if threshold is None else f"{threshold['ng']:.3f} v{threshold['version']}"
-    clock = event["attributes"]["time"][11:23]
-    return (
-        f"{clock}  {event['key'] or '-':22} #{data['sequence']:<6} {data['verdict']:11} {data['partId']:32} "
-        f"score {score:>8} / {limit:14} {','.join(data['reasonCodes'])}"
-    )
 
 
 def _script(path: str, arguments: list[str]) -> int:

@@ -1,6 +1,8 @@
-"""The live table of a running line, for a terminal. Draws snapshots; asks nobody and changes nothing."""
+"""What a terminal shows: the live table of a running line, and one line a verdict. Asks nobody, changes nothing."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from rich.console import Group
 from rich.table import Table
@@ -22,6 +24,28 @@ def draw(snapshot: LineSnapshot, rates: dict[str, float], *, elapsed_s: float) -
     for camera in snapshot.cameras:
         table.add_row(*_row(camera, rates.get(camera.camera_id, 0.0)))
     return Group(table, _footer(snapshot, sum(rates.values()), elapsed_s))
+
+
+def verdict_line(event: dict[str, Any]) -> str:
+    """Put an event of the verdict topic into one line; a record that is no verdict is shown as such."""
+    try:
+        return _judged_line(event)
+    except (KeyError, TypeError, ValueError):
+        error = event.get("error", "no verdict of this line")
+        return f"{event['key'] or '-':24} {error} (partition {event['partition']}, offset {event['offset']})"
+
+
+def _judged_line(event: dict[str, Any]) -> str:
+    data = event["data"]
+    fused = (data["views"][0]["scores"] or {}).get("fused") if data["views"] else None
+    score = "-" if fused is None else f"{fused:.3f}"
+    threshold = data["threshold"]
+    limit = "-" if threshold is None else f"{threshold['ng']:.3f} v{threshold['version']}"
+    clock = event["attributes"]["time"][11:23]
+    return (
+        f"{clock}  {event['key'] or '-':22} #{data['sequence']:<6} {data['verdict']:11} {data['partId']:32} "
+        f"score {score:>8} / {limit:14} {','.join(data['reasonCodes'])}"
+    )
 
 
 def _row(camera: CameraSnapshot, rate: float) -> list[Text | str]:
