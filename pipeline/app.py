@@ -7,6 +7,7 @@ fault on the way, or from its deadline. Called by the command line and by tests.
 
 from __future__ import annotations
 
+import gc
 import queue
 import socket
 import threading
@@ -37,6 +38,8 @@ _TICK_S = 0.05
 _MAX_RESULTS = 4096
 _DRAIN_MARGIN_S = 1.0
 _SERVICE_WEIGHT = 0.2
+# PyAV's frames and containers lie in reference cycles, half a megabyte a frame, too few objects for Python to look soon.
+_COLLECT_EVERY_S = 2.0
 
 log = structlog.get_logger(__name__)
 
@@ -98,6 +101,8 @@ class Line:
         for reader in self._readers:
             reader.start()
         self.health.ready("triton", state=True)
+        gc.collect()
+        gc.freeze()  # what is here now stays: the collections of the judge look at the frames' garbage only
         log.info("line started", line=self._config.line, cameras=len(self._readers), products=self._config.products)
 
     @property
@@ -236,8 +241,12 @@ class Line:
     # Judge thread
 
     def _judge_all(self) -> None:
+        collect_s = time.monotonic()
         while not (self._stop_judge.is_set() and self._results.empty()):
             self.health.beat("judge")
+            if time.monotonic() - collect_s > _COLLECT_EVERY_S:
+                gc.collect()
+                collect_s = time.monotonic()
             try:
                 inference = self._results.get(timeout=_TICK_S)
             except queue.Empty:

@@ -17,6 +17,7 @@ from uuid import UUID
 
 import av
 import av.error
+from av.video.reformatter import VideoReformatter
 
 from pipeline.errors import FrameError, SourceError
 from pipeline.types import Image, Picture
@@ -63,6 +64,8 @@ class StreamSource:
         # Frames after a damaged one are built upon it, and the decoder does not say so: none counts until a key frame.
         self._damaged = False
         self._empty = True
+        # One for all frames: a converter made anew for each costs time, and memory that is slow to come back.
+        self._converter = VideoReformatter()
 
     def __enter__(self) -> StreamSource:
         try:
@@ -105,7 +108,8 @@ class StreamSource:
         self._damaged = (self._damaged and not frame.key_frame) or frame.is_corrupt
         if self._damaged:
             raise FrameError(f"{self._shown}: a frame arrived damaged", part_id=part_id, part_id_source=origin)
-        return Picture(cast("Image", frame.to_ndarray(format="rgb24")), captured_at, captured_s, part_id, origin)
+        rgb = self._converter.reformat(frame, format="rgb24").to_ndarray()
+        return Picture(cast("Image", rgb), captured_at, captured_s, part_id, origin)
 
     def _next_packet(self) -> Packet[VideoStream] | None:
         try:
