@@ -8,6 +8,7 @@ fault on the way, or from its deadline. Called by the command line and by tests.
 from __future__ import annotations
 
 import gc
+import math
 import queue
 import socket
 import threading
@@ -38,7 +39,7 @@ _TICK_S = 0.05
 _MAX_RESULTS = 4096
 _DRAIN_MARGIN_S = 1.0
 _SERVICE_WEIGHT = 0.2
-# PyAV's frames and containers lie in reference cycles, half a megabyte a frame, too few objects for Python to look soon.
+# PyAV's frames lie in reference cycles, half a megabyte each: too few objects for Python to look after them soon.
 _COLLECT_EVERY_S = 2.0
 
 log = structlog.get_logger(__name__)
@@ -81,6 +82,7 @@ class Line:
         ]
         # Moving average of a batch's time at the server; written by gRPC's threads, read by the dispatcher.
         self._service_s = 0.0
+        self._over = False
         self._page: HealthPage | None = None
 
     def start(self) -> None:
@@ -129,6 +131,7 @@ class Line:
         self._stop_judge.set()
         for thread in self._threads:
             thread.join(2.0)
+        self._give_up_rest()
         self._evidence.close()
         self._sink.close()
         self._thresholds.close()
@@ -188,8 +191,10 @@ class Line:
     def _accept(self, frame: Frame) -> None:
         """Take a frame from its reader: from here on its part will get a verdict."""
         with self._parts_lock:
+            if self._over:  # a read that outlasted the drain: nobody would judge it, so it is not taken
+                return
             self._parts.open(frame)
-        self.metrics.frame(frame.camera_id)
+            self.metrics.frame(frame.camera_id)
         if frame.cause is not None:
             self._results.put(Inference(frame, cause=frame.cause), timeout=1.0)
         elif (evicted := self._batcher.put(frame)) is not None:
@@ -260,6 +265,14 @@ class Line:
         with self._parts_lock:
             overdue = self._parts.overdue(time.monotonic())
         for frame in overdue:
+            self._guarded(Inference(frame, cause=Cause.DEADLINE))
+
+    def _give_up_rest(self) -> None:
+        """Give the parts that the drain left open their verdict, after the last thread has ended."""
+        with self._parts_lock:
+            self._over = True
+            left = self._parts.overdue(math.inf)
+        for frame in left:
             self._guarded(Inference(frame, cause=Cause.DEADLINE))
 
     def _guarded(self, inference: Inference) -> None:

@@ -35,6 +35,7 @@ from pipeline.metrics import LineSnapshot
 from pipeline.screen import draw, verdict_line
 from pipeline.tail import VerdictReader
 from pipeline.thresholds import ThresholdStore
+from pipeline.types import CameraState
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = Path("deploy/config/line.yaml")
@@ -108,8 +109,10 @@ def run(
     finally:
         last = line.close()
     _summarise(last, time.monotonic() - started, as_json=as_json, path=summary)
-    if last.undelivered:
-        raise CheckError(f"{last.undelivered} verdicts never reached Kafka", hint="see the log for the reason")
+    if lost := max(last.undelivered, last.triggered - last.acknowledged):
+        raise CheckError(f"{lost} verdicts never reached Kafka", hint="see the log for the reason")
+    if failed := [camera.camera_id for camera in last.cameras if camera.state is CameraState.FAILED]:
+        raise CheckError(f"cameras failed: {', '.join(failed)}", hint="see the log for the reason")
 
 
 @app.command()

@@ -110,6 +110,7 @@ class CameraReader:
             reason, text, hint = (error.reason, str(error), error.hint) if error else ("stream_ended", "", "")
             self._change(CameraState.LOST, reason, text, hint)
             pause_s = FIRST_PAUSE_S if self._number > frames_before else min(pause_s * 2, self._longest_pause_s())
+            self._line.health.retire(self._stage)  # a camera that is away is no stalled stage
             self._stop.wait(pause_s)
 
     def _longest_pause_s(self) -> float:

@@ -51,7 +51,8 @@ class OpenParts:
         The part must be open (`sequence` said so).
         """
         frame = verdict.frame
-        self._by_frame.pop((frame.camera_id, frame.number)).verdict = verdict
+        part = self._by_frame.pop((frame.camera_id, frame.number))
+        part.verdict, part.frame = verdict, frame  # the verdict's frame may be bare: its picture goes
         waiting = self._stations[frame.station]
         released: list[PartVerdict] = []
         while waiting and (head := waiting[0].verdict) is not None:

@@ -7,6 +7,7 @@ file that ends too early is an error, not a half-grey picture.
 from __future__ import annotations
 
 import os
+import struct
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -83,7 +84,7 @@ def read_picture(path: Path) -> Image:
         raise FrameError(f"{path.name}: the picture is far over the limit of {MAX_PIXELS} pixels") from None
     except UnidentifiedImageError:
         raise FrameError(f"{path.name}: not a picture") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error) as error:
         raise FrameError(f"{path.name}: cut or corrupt: {error}") from None
 
 

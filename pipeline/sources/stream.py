@@ -137,11 +137,11 @@ class StreamSource:
 
     def _lost(self, what: str, error: Exception) -> SourceError:
         """Map a fault of the library; the message never holds the address with its credentials."""
+        final = "://" not in self._address  # a file does not come back, and from its start it would repeat parts
         for kind, reason, hint in _REASONS:
             if isinstance(error, kind):
-                final = "://" not in self._address
                 return SourceError(f"{self._shown} {what}: {reason}", reason=reason, hint=hint, final=final)
-        return SourceError(f"{self._shown} {what}: {type(error).__name__}", reason="lost")
+        return SourceError(f"{self._shown} {what}: {type(error).__name__}", reason="lost", final=final)
 
 
 def _part_id(frame: VideoFrame) -> str | None:
