@@ -266,11 +266,6 @@ class LineConfig(BaseSettings):
         """Products of the line's cameras, each once, in the order of the file."""
         return list(dict.fromkeys(camera.product for camera in self.cameras))
 
-    @property
-    def source(self) -> str:
-        """CloudEvents source of this line's events."""
-        return f"/{self.site}/{self.area}/{self.line}"
-
 
 def _without_credentials(url: str) -> str:
     if "@" in urlsplit(url).netloc:

@@ -25,7 +25,7 @@ from typing import Any
 import av
 import numpy as np
 import yaml
-from serving import BenchmarkError, FusedGraph, machine
+from serving import BenchmarkError, FusedGraph, endpoints, machine
 
 from pipeline.config import Kafka
 from pipeline.errors import LineError
@@ -54,7 +54,7 @@ def write_video(path: Path, seed: int) -> None:
         container.mux(stream.encode(None))
 
 
-def line_file(folder: Path, endpoints: dict[str, str], models: Path, products: list[str], cameras: int) -> Path:
+def line_file(folder: Path, addresses: dict[str, str], models: Path, products: list[str], cameras: int) -> Path:
     """Write the line under measure: cameras without pace, waiting for room, so that nothing is dropped."""
     document = {
         "line": f"bench-{os.getpid()}-{time.time_ns()}",
@@ -71,19 +71,19 @@ def line_file(folder: Path, endpoints: dict[str, str], models: Path, products: l
             }
             for number in range(cameras)
         ],
-        "triton": {"address": endpoints["triton"], "models_repo": str(models)},
-        "kafka": {"bootstrap": [endpoints["kafka"]]},
-        "redis": {"url": endpoints["redis"]},
+        "triton": {"address": addresses["triton"], "models_repo": str(models)},
+        "kafka": {"bootstrap": [addresses["kafka"]]},
+        "redis": {"url": addresses["redis"]},
     }
     path = folder / "line.yaml"
     path.write_text(yaml.safe_dump(document))
     return path
 
 
-def run_line(path: Path, seconds: float, endpoints: dict[str, str]) -> dict[str, Any]:
+def run_line(path: Path, seconds: float, addresses: dict[str, str]) -> dict[str, Any]:
     """Run the worker once and count what reached Kafka. Latencies are the worker's, in milliseconds."""
     command = [sys.executable, "-m", "pipeline.cli", "run", "-c", str(path), "--seconds", str(seconds), "--json"]
-    with VerdictReader(Kafka(bootstrap=[endpoints["kafka"]]), start="now") as reader:
+    with VerdictReader(Kafka(bootstrap=[addresses["kafka"]]), start="now") as reader:
         worker = subprocess.run(
             [*command, "--log-level", "error"], stdout=subprocess.PIPE, text=True, timeout=seconds + 120, check=False
         )
@@ -108,7 +108,7 @@ def run_line(path: Path, seconds: float, endpoints: dict[str, str]) -> dict[str,
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Alternate the limit and the line for some rounds; figures are medians over rounds."""
-    endpoints = _endpoints(arguments.state_dir)
+    addresses = endpoints(arguments.state_dir)
     products = arguments.product or sorted(path.parent.name for path in arguments.models.glob("*/manifest.json"))
     if not products:
         raise BenchmarkError(f"{arguments.models} holds no product; `logicrd-train export` writes one")
@@ -124,8 +124,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     for batch in FUSED_BATCHES:
                         seconds = fused.measure(batch, arguments.images)
                         limits[batch].append(batch * len(seconds) / sum(seconds))
-            path = line_file(Path(scratch), endpoints, arguments.models, products, arguments.cameras)
-            rounds.append(run_line(path, arguments.seconds, endpoints))
+            path = line_file(Path(scratch), addresses, arguments.models, products, arguments.cameras)
+            rounds.append(run_line(path, arguments.seconds, addresses))
     document["line"] = {
         key: (sum if key in {"parts", "uninspected", "lost", "duplicated"} else statistics.median)(
             each[key] for each in rounds
@@ -143,14 +143,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         document["ratio"] = round(document["line"]["frames_per_s"] / by_batch[best], 3)
     return document
-
-
-def _endpoints(state_dir: Path) -> dict[str, str]:
-    try:
-        endpoints: dict[str, str] = json.loads((state_dir / "state.json").read_text())["endpoints"]
-    except FileNotFoundError:
-        raise BenchmarkError(f"no stack is running in '{state_dir}'; start one with `make stack-up`") from None
-    return endpoints
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

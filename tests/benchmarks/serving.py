@@ -250,12 +250,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _address(state_dir: Path) -> str:
+def endpoints(state_dir: Path) -> dict[str, str]:
+    """Where the servers of the running stack are; raises BenchmarkError when none runs."""
     try:
-        state = json.loads((state_dir / "state.json").read_text())
+        addresses: dict[str, str] = json.loads((state_dir / "state.json").read_text())["endpoints"]
     except FileNotFoundError:
         raise BenchmarkError(f"no stack is running in '{state_dir}'; start one with `make stack-up`") from None
-    return str(state["endpoints"]["triton"])
+    return addresses
 
 
 def _first_product(address: str) -> str:
@@ -268,7 +269,7 @@ def _first_product(address: str) -> str:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run all rounds and build the document."""
-    address = _address(arguments.state_dir)
+    address = endpoints(arguments.state_dir)["triton"]
     product = arguments.product or _first_product(address)
     ensemble = Ensemble(address, product)
     images = np.random.default_rng(0).integers(0, 255, (8, *ensemble.image_shape()), dtype=np.uint8)
