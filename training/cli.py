@@ -1,11 +1,16 @@
-"""The command `logicrd-train`: scenes, pretrain, fit, evaluate, export.
+"""The command `logicrd-train`: scenes, pretrain, fit, evaluate, compare, export.
 
 Turns arguments into calls and errors into one line with an exit code; computes nothing itself. stdout is the answer,
 stderr the rest; progress bars appear on a terminal only.
 """
 
 import json
+import math
+import os
 import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,24 +18,38 @@ from typing import Annotated
 
 import onnx
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from training.card import summary, write_report
+from training.checkpoint import FILE as CHECKPOINT
+from training.compare import NETWORKS, Equal, product_folders, run_all, tasks_of
 from training.config import CONFIGS, FitConfig, PretrainConfig, check_product_name, load_config
-from training.data import check_readable, list_images, open_loco
+from training.data import check_pictures, list_images, open_data
 from training.detector import load_bundle, save_bundle
 from training.errors import ConfigError, TrainingError
-from training.evaluate import ScoreRecord, evaluate, metrics_of, score_files
+from training.evaluate import ScoreRecord, evaluate, score_files, write_maps
 from training.export import export, fused_graph, load_exported
+from training.fit import Places, fit, process_group
 from training.fit import Progress as FitProgress
-from training.fit import fit
+from training.masks import open_masks
 from training.pretrain import PretrainProgress, pretrain
 from training.repository import Serving, Target, parse_server_version
-from training.scenes import PRODUCTS, Amounts, render_scenes
-from training.teacher import load_teacher, random_teacher, weights_sha256
+from training.scenes import PRODUCTS, Amounts, parse_size, render_scenes
+from training.speed import measure_speed
+from training.table import make_table, markdown
+from training.teacher import ARCH, AnyTeacher, load_teacher, named_teacher, random_teacher, weights_sha256
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+DATA_HELP = "Product folder: MVTec LOCO, MVTec AD, or pictures with the good ones in good/."
+Teacher = Annotated[
+    Path | None, typer.Option(help="Weights: a safetensors file, torchvision/<model> or timm/<model>.", dir_okay=False)
+]
+Arch = Annotated[str, typer.Option("--arch", help="Backbone of a weight file: resnet18, or any timm name.")]
+TeacherHash = Annotated[str | None, typer.Option(help="Refuse weights of another hash; first digits are enough.")]
+RandomSeed = Annotated[int | None, typer.Option("--random-teacher", min=0, help="Seed of an untrained teacher.")]
 Folder = Annotated[Path, typer.Option(file_okay=False, help="Folder to write to.")]
 
 
@@ -48,49 +67,63 @@ def scenes_command(
     test: Annotated[int, typer.Option(min=1, help="Test pictures of each kind: good, logical, structural.")] = 60,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same pictures.")] = 7,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one a core otherwise.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; the product's own otherwise.")] = None,
 ) -> None:
     """Render products as data sets in the MVTec LOCO layout."""
     amounts = Amounts(train, validation, test)
+    pixels = None if size is None else parse_size(size)
     for name in PRODUCTS if product == "all" else (product,):
         with _progress() as bar:
             task = bar.add_task(f"scenes {name}", total=1.0, note="")
-            render_scenes(out / name, name, amounts, seed, partial(_advance, bar, task), workers)
+            render_scenes(out / name, name, amounts, seed, partial(_advance, bar, task), workers, pixels)
         typer.echo(str(out / name))
 
 
 @app.command("fit")
 def fit_command(
-    data: Annotated[Path, typer.Option(file_okay=False, help="Product folder in MVTec LOCO layout.")],
+    data: Annotated[Path, typer.Option(file_okay=False, help=DATA_HELP)],
     out: Annotated[Path, typer.Option(file_okay=False, help="Bundle folder to write.")],
     product: Annotated[str | None, typer.Option(help="Product name; the data folder's name otherwise.")] = None,
     config: Annotated[Path, typer.Option(dir_okay=False, help="YAML of settings.")] = CONFIGS / "demo.yaml",
-    teacher: Annotated[Path | None, typer.Option(dir_okay=False, help="Teacher weights, safetensors.")] = None,
-    random_seed: Annotated[int | None, typer.Option("--random-teacher", help="Seed of an untrained teacher.")] = None,
+    teacher: Teacher = None,
+    arch: Arch = ARCH,
+    teacher_sha256: TeacherHash = None,
+    random_seed: RandomSeed = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Overrides max_steps.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Overrides max_minutes.")] = None,
+    size: Annotated[int | None, typer.Option(min=64, max=1024, help="Overrides image_size.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Overrides seed.")] = None,
+    cache: Annotated[Path | None, typer.Option(file_okay=False, help="Folder for pictures and features.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run of the same --out was.")] = False,
+    log: Annotated[Path | None, typer.Option(file_okay=False, help="Folder for TensorBoard.")] = None,
 ) -> None:
     """Train on the normals of one product, calibrate, and write a bundle."""
-    changes = {"max_steps": steps, "max_minutes": minutes}
-    settings = load_config(FitConfig, config)
-    settings = settings.model_copy(update={key: value for key, value in changes.items() if value is not None})
-    if (teacher is None) == (random_seed is None):
-        raise ConfigError("fit: give either --teacher FILE or --random-teacher SEED")
+    changes = {"max_steps": steps, "max_minutes": minutes, "image_size": size, "seed": seed}
+    settings = _changed(load_config(FitConfig, config), changes)
     name = check_product_name(product or data.resolve().name)
-    network = load_teacher(teacher) if teacher is not None else random_teacher(random_seed or 0)
-    folder = open_loco(data)
-    check_readable(file for files in folder.test.values() for file in files)
-    with _progress() as bar:
+    network = _teacher(teacher, arch, teacher_sha256, random_seed)
+    folder = open_data(data)
+    open_masks(folder)
+    check_pictures(folder)
+    if not resume:
+        (out / CHECKPOINT).unlink(missing_ok=True)
+    with process_group() as first, _progress(shown=first) as bar, _logged(log if first else None) as write:
         task = bar.add_task(f"fit {name}", total=1.0, note="")
 
         def report(now: FitProgress) -> None:
             note = f"step {now.step}  loss {now.loss:.4f}  validation {now.validation_loss:.4f}  "
             bar.update(task, completed=now.share, note=note + f"{now.images_per_s:.1f} images/s")
+            write(now)
 
-        detector = fit(folder, name, network, settings, report)
+        with _folder(cache) as kept:
+            detector = fit(folder, name, network, settings, report, Places(kept, out))
+        if not first:
+            return
     # Kept before it is measured: a failing report must not cost the training.
     save_bundle(out, detector)
+    (out / CHECKPOINT).unlink(missing_ok=True)
     if folder.test:
-        metrics, _ = evaluate(detector, folder)
+        metrics = evaluate(detector, folder).report.image
         description = detector.description.model_copy(update={"metrics": metrics})
         detector = replace(detector, description=description)
         save_bundle(out, detector)
@@ -102,6 +135,8 @@ def pretrain_command(
     out: Annotated[Path, typer.Option(dir_okay=False, help="Weights to write, safetensors.")],
     config: Annotated[Path, typer.Option(dir_okay=False, help="YAML of settings.")] = CONFIGS / "pretrain.yaml",
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Overrides minutes.")] = None,
+    start: Annotated[Path | None, typer.Option(dir_okay=False, help="Teacher to begin with, safetensors.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run of the same --out was.")] = False,
 ) -> None:
     """Train a teacher from scratch on drawn pictures; no data needed."""
     settings = load_config(PretrainConfig, config)
@@ -113,36 +148,89 @@ def pretrain_command(
             note = f"step {now.step}  loss {now.loss:.4f}  {now.images_per_s:.0f} images/s"
             bar.update(task, completed=now.share, note=note)
 
-        pretrain(settings, out, report)
+        train = partial(pretrain, start=start, resume=resume) if start or resume else pretrain
+        train(settings, out, report)
     typer.echo(f"{out} {weights_sha256(load_teacher(out))}")
+
+
+@app.command("compare")
+def compare_command(
+    data: Annotated[Path, typer.Option(file_okay=False, help="A product folder, or a folder of product folders.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for runs, compare.json and compare.md.")],
+    teacher: Teacher = None,
+    arch: Arch = ARCH,
+    teacher_sha256: TeacherHash = None,
+    random_seed: RandomSeed = None,
+    networks: Annotated[str, typer.Option(help="Networks to train, by comma.")] = ",".join(NETWORKS),
+    seeds: Annotated[str, typer.Option(help="Seeds, by comma; fewer than three say little.")] = "111,112,113",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of every run.")] = 5000,
+    batch_size: Annotated[int, typer.Option(min=2, help="Pictures of a step.")] = 16,
+    size: Annotated[int, typer.Option(min=64, max=1024, help="Height and width of the pictures.")] = 256,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds of the speed measurement; 0 leaves it out.")] = 30,
+    as_json: Json = False,
+) -> None:
+    """Train and measure LogicRD, its ablations, RD and DSKD on the same terms; resumes, and prints one table."""
+    wanted = networks.split(",")
+    unknown = sorted(set(wanted) - set(NETWORKS))
+    if unknown or not all(seed.isdecimal() for seed in seeds.split(",")):
+        raise ConfigError(f"compare: networks are {', '.join(NETWORKS)}; seeds are numbers by comma")
+    network = _teacher(teacher, arch, teacher_sha256, random_seed)
+    equal = Equal(
+        image_size=size,
+        steps=steps,
+        batch_size=batch_size,
+        teacher_arch=network.arch,
+        teacher_sha256=weights_sha256(network),
+    )
+    tasks = tasks_of(product_folders(data), out, network, equal, wanted, [int(seed) for seed in seeds.split(",")])
+    with _progress() as bar:
+        task = bar.add_task("compare", total=len(tasks), note="")
+        results = run_all(tasks, jobs, lambda done, note: bar.update(task, completed=done, note=note))
+    configs = {result.network: result.config.network() for result in results}
+    speeds = measure_speed(configs, network.arch, rounds) if rounds else {}
+    table = make_table(results, speeds, equal, f"ONNX Runtime, {os.cpu_count()} CPU cores")
+    text = markdown(table)
+    (out / "compare.json").write_text(table.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (out / "compare.md").write_text(text, encoding="utf-8")
+    typer.echo(table.model_dump_json() if as_json else text)
 
 
 @app.command("evaluate")
 def evaluate_command(
     model: Annotated[Path, typer.Option(file_okay=False, help="Bundle, or product folder in a model repository.")],
-    data: Annotated[Path | None, typer.Option(file_okay=False, help="Product folder in MVTec LOCO layout.")] = None,
+    data: Annotated[Path | None, typer.Option(file_okay=False, help=DATA_HELP)] = None,
     images: Annotated[Path | None, typer.Option(file_okay=False, help="Folder of pictures to score.")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Folder for report, pictures and card.")] = None,
+    maps: Annotated[Path | None, typer.Option(file_okay=False, help="Folder for maps in LOCO's TIFF layout.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a test split (AUROC) or a folder of pictures with the torch model."""
+    """Measure a model on a test split (AUROC, AU-sPRO), or score a folder of pictures, with the torch model."""
     if (data is None) == (images is None):
         raise ConfigError("evaluate: give either --data or --images")
+    if data is None and (out is not None or maps is not None):
+        raise ConfigError("evaluate: --out and --maps need --data, a test split to report on")
     exported = (model / "manifest.json").is_file()
     detector = load_exported(model.parent, model.resolve().name) if exported else load_bundle(model)
     records: list[ScoreRecord] = []
     answer: dict[str, object] = {"product": detector.description.product}
+    lines: list[str] = []
     if data is not None:
-        metrics, records = evaluate(detector, open_loco(data, need_test=True))
-        answer |= metrics.model_dump()
-        answer["branches"] = {
-            name: metrics_of(records, name).image_auroc.model_dump() for name in ("map_score", "mahalanobis")
-        }
+        evaluation = evaluate(detector, open_data(data, need_test=True))
+        records = evaluation.records
+        answer = evaluation.report.model_dump()
+        lines = summary(evaluation.report)
+        if out is not None:
+            write_report(out, detector.description, evaluation)
+        if maps is not None:
+            write_maps(maps, evaluation)
     elif images is not None:
         records = score_files(detector, list_images(images))
+        lines = [f"{r.score:9.3f} {r.map_score:9.4f} {r.mahalanobis:9.3f}  {r.file}" for r in records]
     if as_json:
         typer.echo(json.dumps(answer | {"scores": [record.model_dump() for record in records]}))
     else:
-        _print_report(answer, records if data is None else [])
+        typer.echo("\n".join([f"product: {detector.description.product}", *lines]))
 
 
 @app.command("export")
@@ -165,20 +253,63 @@ def export_command(
         typer.echo(str(fused))
 
 
-def _progress() -> Progress:
+def _teacher(file: Path | None, arch: str, sha256: str | None, seed: int | None) -> AnyTeacher:
+    if (file is None) == (seed is None):
+        raise ConfigError("give either --teacher FILE|NAME or --random-teacher SEED")
+    if file is None:
+        return random_teacher(seed or 0, arch)
+    name = file.as_posix()
+    if name.startswith(("torchvision/", "timm/")) and not file.exists():
+        return named_teacher(name, sha256)
+    return load_teacher(file, arch, sha256)
+
+
+def _changed(settings: FitConfig, changes: Mapping[str, object]) -> FitConfig:
+    """The settings with what the command line says, checked again."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    try:
+        return FitConfig.model_validate(settings.model_dump() | given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"fit: {first['loc'][0]}: {first['msg']}") from error
+
+
+@contextmanager
+def _folder(kept: Path | None) -> Iterator[Path]:
+    if kept is not None:
+        yield kept
+        return
+    with tempfile.TemporaryDirectory(prefix="logicrd-fit-") as passing:
+        yield Path(passing)
+
+
+@contextmanager
+def _logged(folder: Path | None) -> Iterator[Callable[[FitProgress], None]]:
+    """Writes every step to TensorBoard, if a folder is given."""
+    if folder is None:
+        yield lambda _: None
+        return
+    # Imported here: TensorBoard takes a second that no other command needs.
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+
+        def write(now: FitProgress) -> None:
+            writer.add_scalar("loss/train", now.loss, now.step)
+            writer.add_scalar("images_per_s", now.images_per_s, now.step)
+            if math.isfinite(now.validation_loss):
+                writer.add_scalar("loss/validation_best", now.validation_loss, now.step)
+
+        yield write
+
+
+def _progress(*, shown: bool = True) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-    return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+    return Progress(*columns, console=Console(stderr=True), disable=not (shown and sys.stderr.isatty()))
 
 
 def _advance(bar: Progress, task: TaskID, share: float) -> None:
     bar.update(task, completed=share)
-
-
-def _print_report(answer: dict[str, object], records: list[ScoreRecord]) -> None:
-    for key, value in answer.items():
-        typer.echo(f"{key}: {value}")
-    for record in records:
-        typer.echo(f"{record.score:9.3f} {record.map_score:9.4f} {record.mahalanobis:9.3f}  {record.file}")
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ Called by `cli`; the values travel down as frozen models.
 
 import re
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -31,23 +31,48 @@ class CalibrationConfig(_Settings):
     mahalanobis_weight: Annotated[float, Field(ge=0)] = 1.0
 
 
-class FitConfig(_Settings):
-    """One training run of reverse distillation; the defaults are the official recipe at the demo's width and budget."""
+class NetworkConfig(_Settings):
+    """What network a run trains: all that is needed to build it again around its weights."""
 
-    # Channels of the one-class embedding: 512 is the published size for ResNet18, 256 halves the weights.
-    width: Annotated[int, Field(ge=8, le=2048)] = 512
+    method: Literal["rd", "dskd", "logicrd"] = "logicrd"
+    # Modules of LogicRD, each of which can be left out; the other methods have none of them.
+    gse: bool = True
+    fcp: bool = True
+    nii: bool = True
+    # Channels of the one-class embedding: 512 is the published size of reverse distillation for ResNet18.
+    width: Annotated[int, Field(ge=8, le=2048)] = 192
     image_size: Annotated[int, Field(ge=64, le=1024, multiple_of=32)] = 256
+
+
+class FitConfig(NetworkConfig):
+    """One training run of one method on one product; the defaults are LogicRD's."""
+
+    # Whether the distance branch joins the score; without it the score is the map's alone.
+    mahalanobis: bool = True
     batch_size: Annotated[int, Field(ge=2, le=256)] = 16
     learning_rate: Annotated[float, Field(gt=0)] = 5e-3
-    max_steps: Annotated[int, Field(ge=1)] = 2000
+    # Attention is upset by the rate that suits the convolutions.
+    attention_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    # cosine warms up and then falls to nothing at max_steps; constant is the official recipe of reverse distillation.
+    schedule: Literal["constant", "cosine"] = "cosine"
+    max_steps: Annotated[int, Field(ge=1)] = 500
     # Wall-clock budget; whichever of steps, minutes and plateau comes first ends the run.
     max_minutes: Annotated[float, Field(gt=0)] = 60.0
     # Steps between two looks at the validation loss, and how many looks without progress end the run.
     validate_every: Annotated[int, Field(ge=1)] = 50
     patience: Annotated[int, Field(ge=1)] = 6
-    seed: int = 111
+    # auto is bf16 autocast on a CUDA device and fp32 on a CPU: few CPUs multiply bf16 faster.
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    # Whether the teacher's features of all normals are kept on disk: faster, at about 1 MB a picture of 256 x 256.
+    cache_features: bool = True
+    checkpoint_every: Annotated[int, Field(ge=1)] = 50
+    seed: Annotated[int, Field(ge=0)] = 111
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
     calibration: CalibrationConfig = CalibrationConfig()
+
+    def network(self) -> NetworkConfig:
+        """The part that describes the network alone."""
+        return NetworkConfig(**self.model_dump(include=set(NetworkConfig.model_fields)))
 
 
 class PretrainConfig(_Settings):
@@ -58,8 +83,12 @@ class PretrainConfig(_Settings):
     learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     minutes: Annotated[float, Field(gt=0)] = 20.0
     max_steps: Annotated[int, Field(ge=1)] = 1_000_000
-    seed: int = 7
+    seed: Annotated[int, Field(ge=0)] = 7
     threads: Annotated[int, Field(ge=1, le=256)] | None = None
+    # Processes that draw; one feeds a network on a CPU, a GPU needs as many as there are cores.
+    workers: Annotated[int, Field(ge=0, le=256)] = 1
+    # auto is bf16 autocast on a CUDA device and fp32 on a CPU: few CPUs multiply bf16 faster.
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 
 def check_product_name(name: str) -> str:

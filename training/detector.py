@@ -5,6 +5,7 @@ bundles: a folder of weights.safetensors and bundle.json. Built by `fit` and `ex
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +17,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from training.calibrate import Calibration
+from training.config import NetworkConfig
 from training.errors import DataError
 from training.mahalanobis import Statistics, distance
+from training.methods import Network, build
 from training.metrics import ImageMetrics
 from training.modules.fusing import fuse_batch_norms
-from training.rd import ReverseDistillation
-from training.teacher import Teacher
+from training.stages import run_stages
+from training.teacher import empty_teacher
 
 WEIGHTS, DESCRIPTION = "weights.safetensors", "bundle.json"
-_MEAN, _WHITENING = "mahalanobis.mean", "mahalanobis.whitening"
+ARRAYS = ("means", "scale", "directions", "weights", "outer")
+_PREFIX = "mahalanobis."
 
 
 class Description(BaseModel):
@@ -32,11 +36,9 @@ class Description(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: int = 1
+    schema_version: int = 2
     product: str
-    method: str = "rd"
-    width: int
-    image_size: int
+    network: NetworkConfig
     teacher_arch: str
     teacher_sha256: str
     data_sha256: str
@@ -44,6 +46,16 @@ class Description(BaseModel):
     git_revision: str
     calibration: Calibration
     metrics: ImageMetrics | None = None
+
+    @property
+    def method(self) -> str:
+        """rd, dskd or logicrd."""
+        return self.network.method
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the picture that the network takes."""
+        return self.network.image_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +72,7 @@ class Scores:
 class Detector:
     """`network` must come from `deployable`."""
 
-    network: ReverseDistillation
+    network: Network
     statistics: Statistics
     description: Description
 
@@ -73,34 +85,48 @@ class Detector:
 
 
 def measure(
-    network: ReverseDistillation, images: NDArray[np.uint8], batch_size: int = 8
+    network: Network, images: NDArray[np.uint8], batch_size: int = 8
 ) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]:
     """Runs the network: (n, H, W, 3) uint8 to maps (n, h, w), map scores (n,) and descriptors (n, D)."""
     network.eval()
     parts: list[tuple[NDArray[np.float32], ...]] = []
     with torch.inference_mode():
         for start in range(0, len(images), batch_size):
-            outputs = network(torch.from_numpy(images[start : start + batch_size]))
-            parts.append(tuple(output.numpy() for output in outputs))
+            # Copied: memory-mapped pictures are read-only, which torch does not know.
+            image = torch.from_numpy(np.array(images[start : start + batch_size]))
+            known = run_stages(network, network.wiring, {"image": image})
+            parts.append(tuple(known[name].numpy() for name in ("anomaly_map", "map_score", "descriptor")))
     maps, map_score, descriptors = (np.concatenate(column) for column in zip(*parts, strict=True))
     return maps, map_score[:, 0].astype(np.float64), descriptors.astype(np.float64)
 
 
-def deployable(network: ReverseDistillation) -> ReverseDistillation:
+def deployable(network: Network) -> Network:
     """A copy with batch norms folded in and every weight rounded to FP16, computing in FP32: what will be served."""
     served = copy.deepcopy(network).eval()
     fuse_batch_norms(served)
     for name, parameter in served.named_parameters():
-        rounded = parameter.data.half().float()
+        # One layout in memory, whatever the training used: a stored network scores bit for bit as the fitted one.
+        rounded = parameter.data.half().float().clone(memory_format=torch.contiguous_format)
         if not torch.isfinite(rounded).all():
             raise DataError(f"weights: '{name}' does not fit FP16 (largest {parameter.data.abs().max():.3g})")
         parameter.data = rounded
     return served.requires_grad_(False)
 
 
-def empty_deployable(width: int, image_size: int) -> ReverseDistillation:
+def empty_deployable(config: NetworkConfig, teacher_arch: str) -> Network:
     """A network of the deployable form, weights to be filled in."""
-    return deployable(ReverseDistillation(Teacher(), width, image_size))
+    return deployable(build(config, empty_teacher(teacher_arch)))
+
+
+def statistics_arrays(statistics: Statistics) -> dict[str, NDArray[np.float64]]:
+    """The statistics as named float64 arrays, as bundles and the server keep them."""
+    return {name: np.asarray(getattr(statistics, name), dtype=np.float64) for name in ARRAYS}
+
+
+def statistics_of(arrays: Mapping[str, NDArray[np.floating]]) -> Statistics:
+    """The reverse of `statistics_arrays`."""
+    means, scale, directions, weights, outer = (np.asarray(arrays[name], dtype=np.float64) for name in ARRAYS)
+    return Statistics(means, scale, directions, weights, float(outer))
 
 
 def save_bundle(folder: Path, detector: Detector) -> None:
@@ -108,8 +134,8 @@ def save_bundle(folder: Path, detector: Detector) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DESCRIPTION).unlink(missing_ok=True)
     tensors = {name: tensor.half().contiguous() for name, tensor in detector.network.state_dict().items()}
-    tensors[_MEAN] = torch.from_numpy(detector.statistics.mean)
-    tensors[_WHITENING] = torch.from_numpy(detector.statistics.whitening)
+    arrays = statistics_arrays(detector.statistics)
+    tensors |= {_PREFIX + name: torch.from_numpy(array) for name, array in arrays.items()}
     save_file(tensors, folder / WEIGHTS)
     (folder / DESCRIPTION).write_text(detector.description.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
@@ -121,10 +147,10 @@ def load_bundle(folder: Path) -> Detector:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValidationError, SafetensorError) as error:
         raise DataError(f"bundle '{folder}': cannot be used: {error}; fit it again") from error
-    network = empty_deployable(description.width, description.image_size)
-    statistics = Statistics(tensors.pop(_MEAN).numpy(), tensors.pop(_WHITENING).numpy())
+    network = empty_deployable(description.network, description.teacher_arch)
     try:
+        statistics = statistics_of({name: tensors.pop(_PREFIX + name).numpy() for name in ARRAYS})
         network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise DataError(f"bundle '{folder}': weights do not fit a network of width {description.width}") from error
+    except (RuntimeError, KeyError) as error:
+        raise DataError(f"bundle '{folder}': weights do not fit its description; fit it again") from error
     return Detector(network, statistics, description)

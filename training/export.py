@@ -8,6 +8,7 @@ import hashlib
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,14 +16,15 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor
 
 from training.config import check_product_name
 from training.data import PREPROCESSING
-from training.detector import Description, Detector, empty_deployable
+from training.detector import ARRAYS, Description, Detector, empty_deployable, statistics_arrays, statistics_of
 from training.errors import CheckFailedError, DataError
-from training.graphs import STAGES, fill_parameters, joined, parameters_of, stage_graph
-from training.mahalanobis import Statistics, distance
+from training.graphs import fill_parameters, joined, parameters_of, stage_graph
+from training.mahalanobis import distance
+from training.methods import Network
 from training.metrics import ImageMetrics
 from training.repository import (
     InputEntry,
@@ -39,8 +41,8 @@ from training.repository import (
     next_version,
     sha256_of,
     stage_config,
-    tensor_shapes,
 )
+from training.stages import STAGES, run_stages
 
 TOLERANCE = 1e-3
 PARITY_BATCHES = (1, 8)
@@ -53,7 +55,7 @@ def export(detector: Detector, repository: Path, serving: Serving) -> Manifest:
     """Adds the detector to `repository` as a new version; raises CheckFailedError (parity) with nothing changed."""
     check_product_name(detector.description.product)
     graphs = build_graphs(detector)
-    check_parity(detector, joined(graphs))
+    check_parity(detector, joined(graphs, detector.network.wiring))
     repository.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{repository.name}-", dir=repository.parent))
     try:
@@ -72,19 +74,19 @@ def load_exported(repository: Path, product: str) -> Detector:
         if is_weights(name) and (not path.is_file() or sha256_of(path) != digest):
             raise DataError(f"model '{product}': file '{path}' is missing or changed; export the product again")
     graphs = {stage: onnx.load(repository / name) for stage, name in _graph_files(manifest).items()}
-    embedding = graphs["student"].graph.input[0].type.tensor_type.shape
-    network = empty_deployable(embedding.dim[1].dim_value, manifest.input.height)
+    network = empty_deployable(manifest.network, manifest.teacher.arch)
     for stage, graph in graphs.items():
         fill_parameters(network.get_submodule(stage), graph, _graph_files(manifest)[stage])
     with np.load(repository / _statistics_file(manifest), allow_pickle=False) as arrays:
-        statistics = Statistics(arrays["mean"], arrays["whitening"])
-    return Detector(network, statistics, _description(manifest, network.width))
+        statistics = statistics_of({name: arrays[name] for name in ARRAYS})
+    return Detector(network, statistics, _description(manifest))
 
 
 def fused_graph(repository: Path, product: str) -> onnx.ModelProto:
     """The exported stages of a product as one ONNX graph: image to map_score, descriptor, anomaly_map."""
-    files = _graph_files(read_manifest(repository, product))
-    return joined({stage: onnx.load(repository / name) for stage, name in files.items()})
+    manifest = read_manifest(repository, product)
+    graphs = {stage: onnx.load(repository / name) for stage, name in _graph_files(manifest).items()}
+    return joined(graphs, empty_deployable(manifest.network, manifest.teacher.arch).wiring)
 
 
 def read_manifest(repository: Path, product: str) -> Manifest:
@@ -101,15 +103,23 @@ def read_manifest(repository: Path, product: str) -> Manifest:
 
 def build_graphs(detector: Detector) -> Graphs:
     """The four ONNX stages of a detector."""
-    network, size = detector.network, detector.description.image_size
+    return stage_graphs(detector.network, detector.description.image_size)
+
+
+def stage_graphs(network: Network, size: int) -> Graphs:
+    """The four ONNX stages of a deployable network for pictures of `size` x `size`."""
+    tensors = _example(network, size)
+    return {
+        stage: stage_graph(network.get_submodule(stage), names, [tensors[name] for name in names[0]])
+        for stage, names in network.wiring.items()
+    }
+
+
+def _example(network: Network, size: int) -> dict[str, Tensor]:
+    """Every tensor between the stages, of a batch of two black pictures."""
     with torch.inference_mode():
         image = torch.zeros(2, size, size, 3, dtype=torch.uint8)
-        f = network.teacher(image)
-        embedding, _ = network.bottleneck(*f)
-        d = network.student(embedding)
-    inputs = {"teacher": (image,), "bottleneck": f, "student": (embedding,), "map": (*f, *d)}
-    stages: dict[str, nn.Module] = {stage: network.get_submodule(stage) for stage in STAGES}
-    return {stage: stage_graph(stages[stage], stage, inputs[stage]) for stage in STAGES}
+        return run_stages(network, network.wiring, {"image": image})
 
 
 def check_parity(detector: Detector, whole: onnx.ModelProto) -> float:
@@ -144,7 +154,9 @@ def _parity_images(generator: np.random.Generator, batch: int, size: int) -> NDA
 def _lay_out(staged: Path, repository: Path, detector: Detector, graphs: Graphs, serving: Serving) -> Manifest:
     about = detector.description
     product, teacher = about.product, f"teacher.{about.teacher_arch}-{about.teacher_sha256[:8]}"
-    shapes = tensor_shapes(about.image_size, about.width, len(detector.statistics.mean))
+    wiring = detector.network.wiring
+    shapes = {name: tuple(value.shape[1:]) for name, value in _example(detector.network, about.image_size).items()}
+    shapes |= {"mahalanobis": (1,), "score": (1,)}
     steps = {stage: teacher if stage == "teacher" else f"{product}.{stage}" for stage in STAGES}
     own = [product, f"{product}.mahalanobis", *(name for stage, name in steps.items() if stage != "teacher")]
     version = next_version(repository, own)
@@ -152,10 +164,13 @@ def _lay_out(staged: Path, repository: Path, detector: Detector, graphs: Graphs,
     for stage, name in steps.items():
         path = Path(name, "1" if stage == "teacher" else str(version), "model.onnx")
         weights.append(_write(staged / path, _shared_or_new(repository / path, graphs[stage])))
-        _write(staged / name / "config.pbtxt", config_text(stage_config(name, stage, shapes, serving)).encode())
+        _write(staged / name / "config.pbtxt", config_text(stage_config(name, wiring[stage], shapes, serving)).encode())
     weights += _lay_out_distance(staged / own[1], detector, version)
     _write(staged / own[1] / "config.pbtxt", config_text(mahalanobis_config(own[1], shapes, serving)).encode())
-    _write(staged / product / "config.pbtxt", config_text(ensemble_config(product, teacher, shapes, serving)).encode())
+    _write(
+        staged / product / "config.pbtxt",
+        config_text(ensemble_config(product, teacher, wiring, shapes, serving)).encode(),
+    )
     # Git keeps no empty folder, and Triton wants the ensemble's version folder to exist.
     _write(staged / product / str(version) / ".gitkeep", b"")
     files = {
@@ -178,17 +193,16 @@ def _shared_or_new(existing: Path, graph: onnx.ModelProto) -> bytes:
 
 def _lay_out_distance(folder: Path, detector: Detector, version: int) -> list[Path]:
     fusion = detector.description.calibration.fusion
-    arrays = {
-        "mean": detector.statistics.mean,
-        "whitening": detector.statistics.whitening,
-        "fusion": np.array([getattr(fusion, name) for name in _FUSION], dtype=np.float64),
+    # FP32 on disk halves the largest part of a product after its networks; sums still run in float64.
+    arrays: dict[str, NDArray[Any]] = {
+        name: array.astype(np.float32) for name, array in statistics_arrays(detector.statistics).items()
     }
+    arrays["fusion"] = np.array([getattr(fusion, name) for name in _FUSION], dtype=np.float64)
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays.values())).digest()
     code = _write(folder / str(version) / "model.py", BACKEND.read_bytes())
     path = folder / str(version) / "statistics.npz"
-    mean, whitening, fused = arrays.values()
-    checksum = np.frombuffer(digest, dtype=np.uint8)
-    np.savez_compressed(path, mean=mean, whitening=whitening, fusion=fused, sha256=checksum)
+    arrays["sha256"] = np.frombuffer(digest, dtype=np.uint8)
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
     return [code, path]
 
 
@@ -197,6 +211,7 @@ def _manifest(about: Description, version: int, teacher: str, files: dict[str, s
     return Manifest(
         product=about.product,
         method=about.method,
+        network=about.network,
         version=version,
         created=about.created,
         input=InputEntry(height=about.image_size, width=about.image_size),
@@ -212,12 +227,10 @@ def _manifest(about: Description, version: int, teacher: str, files: dict[str, s
     )
 
 
-def _description(manifest: Manifest, width: int) -> Description:
+def _description(manifest: Manifest) -> Description:
     return Description(
         product=manifest.product,
-        method=manifest.method,
-        width=width,
-        image_size=manifest.input.height,
+        network=manifest.network,
         teacher_arch=manifest.teacher.arch,
         teacher_sha256=manifest.teacher.sha256,
         data_sha256=manifest.data_sha256,

@@ -1,31 +1,45 @@
-"""Trains reverse distillation on the normals of one product, fits the distance branch, calibrates: makes a bundle.
+"""Trains a method on the normals of one product, fits the distance branch, calibrates: makes a detector.
 
-Uses train/good for weights and statistics and validation/good for the stopping rule and calibration; the test split is
-scored once at the end, for the report alone. Called by `cli`.
+Uses train/good for weights and statistics and validation/good for the stopping rule and calibration; never opens the
+test split. Under torchrun every process takes its share of each batch. Called by `cli` and `compare`.
 """
 
+import hashlib
+import json
+import math
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from training.calibrate import NormalScores, calibrate
+from training.checkpoint import Counters, load_checkpoint, save_checkpoint
 from training.config import FitConfig
-from training.data import LocoFolder, data_sha256, load_at_model_size
+from training.data import DataFolder, data_sha256
 from training.detector import Description, Detector, deployable, measure
 from training.errors import TrainingError
 from training.mahalanobis import distance, fit_statistics
-from training.rd import ReverseDistillation
-from training.teacher import ARCH, Teacher, weights_sha256
+from training.methods import Network, build
+from training.modules.replicas import norms_over_replicas, replicas
+from training.modules.resnet import Features
+from training.normals import Normals, open_normals
+from training.teacher import AnyTeacher, weights_sha256
 
 # A validation loss counts as better when it falls by this share.
 MIN_PROGRESS = 0.005
+WARM_UP_STEPS = 20
+MAX_GRADIENT = 1.0
+ADAM_BETAS = (0.5, 0.999)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,108 +53,231 @@ class Progress:
     images_per_s: float
 
 
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a run keeps its files: `cache` for pictures and features, `checkpoint` for its state (None: nowhere)."""
+
+    cache: Path
+    checkpoint: Path | None = None
+
+
 def fit(
-    data: LocoFolder, product: str, teacher: Teacher, config: FitConfig, report: Callable[[Progress], None]
+    data: DataFolder, product: str, teacher: AnyTeacher, config: FitConfig, report: Report, places: Places | None = None
 ) -> Detector:
     """Returns the fitted detector, not yet evaluated; deterministic for a given seed, machine and number of steps."""
+    if places is None:
+        with tempfile.TemporaryDirectory(prefix="logicrd-fit-") as folder:
+            return fit(data, product, teacher, config, report, Places(Path(folder)))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    train = load_at_model_size(data.train, config.image_size)
-    validation = load_at_model_size(data.validation, config.image_size)
-    network = train_network(train, validation, teacher, config, report)
-    served = deployable(network)
-    _, _, descriptors = measure(served, train)
-    statistics = fit_statistics(descriptors)
-    maps, map_score, descriptors = measure(served, validation)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = teacher.to(device)
+    train, validation = (_open(files, teacher, config, places) for files in (data.train, data.validation))
+    hashes = (data_sha256((*data.train, *data.validation), data.root), weights_sha256(teacher.cpu()))
+    teacher.to(device)
+    torch.manual_seed(config.seed)
+    network = build(config, teacher).to(device)
+    network.prepare(train)
+    identity = hashlib.sha256(json.dumps([config.model_dump(mode="json"), *hashes]).encode()).hexdigest()
+    train_network(network, train, validation, config, report, places.checkpoint, identity)
+    network.settle(validation)
+    served = deployable(network.cpu())
+    statistics = fit_statistics(measure(served, train.images)[2], config.seed)
+    maps, map_score, descriptors = measure(served, validation.images)
     normals = NormalScores(map_score, distance(statistics, descriptors), maps)
+    limits = config.calibration.model_copy(update={} if config.mahalanobis else {"mahalanobis_weight": 0.0})
     description = Description(
         product=product,
-        width=config.width,
-        image_size=config.image_size,
-        teacher_arch=ARCH,
-        teacher_sha256=weights_sha256(teacher),
-        data_sha256=data_sha256((*data.train, *data.validation), data.root),
+        network=config.network(),
+        teacher_arch=teacher.arch,
+        teacher_sha256=hashes[1],
+        data_sha256=hashes[0],
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         git_revision=git_revision(),
-        calibration=calibrate(normals, config.calibration),
+        calibration=calibrate(normals, limits),
     )
     return Detector(served, statistics, description)
 
 
-def train_network(
-    train: NDArray[np.uint8],
-    validation: NDArray[np.uint8],
-    teacher: Teacher,
-    config: FitConfig,
-    report: Callable[[Progress], None],
-) -> ReverseDistillation:
-    """Fits bottleneck and student until steps, minutes or patience run out; returns the last weights.
+def _open(files: tuple[Path, ...], teacher: AnyTeacher, config: FitConfig, places: Places) -> Normals:
+    if replicas() > 1:
+        # One process fills the cache, the others find it.
+        if _is_first():
+            open_normals(files, config.image_size, teacher, places.cache, cache_features=config.cache_features)
+        dist.barrier()
+    return open_normals(files, config.image_size, teacher, places.cache, cache_features=config.cache_features)
 
-    `train` and `validation` are (n, size, size, 3) uint8 normals.
-    """
+
+class _Loss(nn.Module):
+    """A network whose forward pass is its loss: what DistributedDataParallel wraps."""
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, f1: Tensor, f2: Tensor, f3: Tensor) -> Tensor:
+        return self.network.loss((f1, f2, f3))
+
+
+def train_network(
+    network: Network,
+    train: Normals,
+    validation: Normals,
+    config: FitConfig,
+    report: Report,
+    checkpoint: Path | None = None,
+    identity: str = "",
+) -> None:
+    """Fits the trained stages in place until steps, minutes or patience run out; goes on from a checkpoint if any."""
     torch.manual_seed(config.seed)
-    network = ReverseDistillation(teacher, config.width, config.image_size).train()
     network.to(memory_format=torch.channels_last)
-    trained = [*network.bottleneck.parameters(), *network.student.parameters()]
-    optimiser = torch.optim.Adam(trained, lr=config.learning_rate, betas=(0.5, 0.999))
-    plateau = _Plateau(config.patience)
+    optimiser = _optimiser(network, config)
+    if replicas() > 1:
+        norms_over_replicas(network.bottleneck)
+        norms_over_replicas(network.student)
+    found = None if checkpoint is None else load_checkpoint(checkpoint, network, optimiser, identity)
+    step, before_s = (0, 0.0) if found is None else (found.step, found.spent_s)
+    plateau = _Plateau(config.patience) if found is None else _Plateau(config.patience, found)
+    loss_of: nn.Module = _Loss(network)
+    loss_of = DistributedDataParallel(loss_of) if replicas() > 1 else loss_of
     started = time.monotonic()
-    for step, batch in enumerate(_batches(train, config), start=1):
-        loss = network.loss(batch)
-        if not torch.isfinite(loss):
-            raise TrainingError(f"step {step}: the loss is {loss.item()}; lower learning_rate or check the teacher")
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
+    while True:
+        spent_s = before_s + time.monotonic() - started
+        share = max(step / config.max_steps, spent_s / (60 * config.max_minutes))
+        if _agreed(share >= 1 or plateau.reached):
+            break
+        loss = _train_step(network, loss_of, optimiser, train, config, step, share)
+        step += 1
         if step % config.validate_every == 0:
             plateau.see(validation_loss(network, validation, config.batch_size))
-        spent = time.monotonic() - started
-        share = max(step / config.max_steps, spent / (60 * config.max_minutes))
-        done = share >= 1 or plateau.reached
-        rate = step * config.batch_size / spent
-        report(Progress(step, 1.0 if done else share, loss.item(), plateau.best, rate))
-        if done:
-            break
-    return network.eval()
-
-
-def validation_loss(network: ReverseDistillation, images: NDArray[np.uint8], batch_size: int) -> float:
-    """Mean distillation loss of normals that the network was not fitted on, in evaluation mode."""
+        rate = (step - (found.step if found else 0)) * config.batch_size / (time.monotonic() - started)
+        report(Progress(step, min(1.0, max(share, step / config.max_steps)), loss, plateau.best, rate))
+        if checkpoint is not None and step % config.checkpoint_every == 0 and _is_first():
+            counters = Counters(identity, step, spent_s, plateau.best, plateau.left)
+            save_checkpoint(checkpoint, network, optimiser, counters)
     network.eval()
-    with torch.inference_mode():
-        losses = [
-            network.loss(torch.from_numpy(images[start : start + batch_size])).item() * len(images[start:][:batch_size])
-            for start in range(0, len(images), batch_size)
-        ]
+
+
+def _train_step(
+    network: Network,
+    loss_of: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    train: Normals,
+    config: FitConfig,
+    step: int,
+    share: float,
+) -> float:
+    _set_rates(optimiser, config, step, share)
+    # Random draws depend on seed and step alone, so that a resumed run repeats an uninterrupted one.
+    torch.manual_seed(config.seed * 1_000_003 + step * replicas() + _rank())
     network.train()
-    return sum(losses) / len(images)
+    network.teacher.eval()
+    features = train.take(batch_indices(len(train), config, step)[_rank() :: replicas()])
+    with _autocast(config.precision, features):
+        loss = loss_of(*(level.contiguous(memory_format=torch.channels_last) for level in features))
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise TrainingError(f"step {step + 1}: the loss is {value}; lower learning_rate or check the teacher")
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()
+    slow = network.parameters_by_rate().get("attention", [])
+    if slow:
+        nn.utils.clip_grad_norm_(slow, MAX_GRADIENT)
+    optimiser.step()
+    return value
+
+
+def batch_indices(pictures: int, config: FitConfig, step: int) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
+    """Which pictures step `step` (from 0) sees: reshuffled every epoch, a rest too small for a batch left out of it."""
+    size = min(config.batch_size, pictures)
+    epoch, place = divmod(step, pictures // size)
+    order = np.random.default_rng((config.seed, epoch)).permutation(pictures)
+    return order[place * size : (place + 1) * size]
+
+
+def validation_loss(network: Network, normals: Normals, batch_size: int) -> float:
+    """Mean loss of normals that the network was not fitted on, in evaluation mode."""
+    network.eval()
+    total = 0.0
+    with torch.inference_mode():
+        for features in normals.features(batch_size):
+            total += float(network.loss(features)) * len(features[0])
+    return total / len(normals)
 
 
 class _Plateau:
     """Counts looks at the validation loss that brought no progress."""
 
-    def __init__(self, patience: int) -> None:
-        self.best = float("inf")
-        self._left = self._patience = patience
+    def __init__(self, patience: int, found: Counters | None = None) -> None:
+        self._patience = patience
+        self.best = float("inf") if found is None else found.best_loss
+        self.left = patience if found is None else found.looks_left
 
     def see(self, loss: float) -> None:
         improved = loss < self.best * (1 - MIN_PROGRESS)
-        self._left = self._patience if improved else self._left - 1
+        self.left = self._patience if improved else self.left - 1
         self.best = min(self.best, loss)
 
     @property
     def reached(self) -> bool:
-        return self._left <= 0
+        return self.left <= 0
 
 
-def _batches(images: NDArray[np.uint8], config: FitConfig) -> Iterator[Tensor]:
-    """Endless batches, reshuffled every epoch; the rest of an epoch too small for a batch is left out of it."""
-    generator = np.random.default_rng(config.seed)
-    size = min(config.batch_size, len(images))
-    while True:
-        order = generator.permutation(len(images))
-        for start in range(0, len(images) - size + 1, size):
-            yield torch.from_numpy(images[order[start : start + size]])
+def _optimiser(network: Network, config: FitConfig) -> torch.optim.Adam:
+    rates = {"full": config.learning_rate, "attention": config.attention_learning_rate}
+    groups = [
+        {"params": parameters, "lr": rates[name], "peak": rates[name]}
+        for name, parameters in network.parameters_by_rate().items()
+        if parameters
+    ]
+    return torch.optim.Adam(groups, betas=ADAM_BETAS)
+
+
+def _set_rates(optimiser: torch.optim.Optimizer, config: FitConfig, step: int, share: float) -> None:
+    factor = 1.0
+    if config.schedule == "cosine":
+        factor = min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    for group in optimiser.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def _autocast(precision: str, features: Features) -> torch.autocast:
+    device = features[0].device.type
+    wanted = precision == "bf16" or (precision == "auto" and device == "cuda")
+    return torch.autocast(device, torch.bfloat16, enabled=wanted)
+
+
+@contextmanager
+def process_group() -> Iterator[bool]:
+    """Joins the processes that torchrun started, if any; yields whether this one is to report and write."""
+    if not dist.is_torchelastic_launched():
+        yield True
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield _is_first()
+    finally:
+        dist.destroy_process_group()
+
+
+def _rank() -> int:
+    return dist.get_rank() if replicas() > 1 else 0
+
+
+def _is_first() -> bool:
+    return _rank() == 0
+
+
+def _agreed(stop: bool) -> bool:
+    """Clocks differ between processes; all follow the first."""
+    if replicas() == 1:
+        return stop
+    flag = torch.tensor([float(stop)])
+    dist.broadcast(flag, 0)
+    return bool(flag.item())
 
 
 def git_revision() -> str:

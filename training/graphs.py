@@ -15,20 +15,19 @@ from onnx import compose, helper, numpy_helper
 from torch import Tensor, nn
 
 from training.errors import DataError
+from training.stages import STAGES, Wiring
 
 OPSET = 17
-STAGES = ("teacher", "bottleneck", "student", "map")
-TENSORS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "teacher": (("image",), ("f1", "f2", "f3")),
-    "bottleneck": (("f1", "f2", "f3"), ("embedding", "descriptor")),
-    "student": (("embedding",), ("d1", "d2", "d3")),
-    "map": (("f1", "f2", "f3", "d1", "d2", "d3"), ("anomaly_map", "map_score")),
-}
 
 
-def stage_graph(module: nn.Module, stage: str, inputs: Sequence[Tensor]) -> onnx.ModelProto:
-    """Exports a fused module in evaluation mode with a free batch axis; `inputs` are example tensors of batch 2."""
-    names_in, names_out = TENSORS[stage]
+def stage_graph(
+    module: nn.Module, names: tuple[tuple[str, ...], tuple[str, ...]], inputs: Sequence[Tensor]
+) -> onnx.ModelProto:
+    """Exports a fused module in evaluation mode with a free batch axis.
+
+    `names` are those of its inputs and outputs, `inputs` example tensors of batch 2.
+    """
+    names_in, names_out = names
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # The exporter by tracing keeps parameter names and needs no further package; torch announces its end.
@@ -39,6 +38,8 @@ def stage_graph(module: nn.Module, stage: str, inputs: Sequence[Tensor]) -> onnx
             buffer,  # type: ignore[arg-type]  # the tracing exporter takes a stream, its annotation says path
             dynamo=False,
             opset_version=OPSET,
+            # Folding would merge parameters into nameless constants; ONNX Runtime folds when it loads the graph.
+            do_constant_folding=False,
             input_names=list(names_in),
             output_names=list(names_out),
             dynamic_axes={name: {0: "batch"} for name in names_in + names_out},
@@ -67,13 +68,13 @@ def fill_parameters(module: nn.Module, model: onnx.ModelProto, where: str) -> No
         raise DataError(f"graph '{where}': its weights do not fit this version's network; export it again") from error
 
 
-def joined(graphs: dict[str, onnx.ModelProto]) -> onnx.ModelProto:
+def joined(graphs: dict[str, onnx.ModelProto], wiring: Wiring) -> onnx.ModelProto:
     """The four stages as one graph: `image` to `map_score`, `descriptor`, `anomaly_map`."""
     staged = {stage: compose.add_prefix(graphs[stage], f"{stage}/") for stage in STAGES}
     whole = staged["teacher"]
     for stage in STAGES[1:]:
         produced = {output.name for output in whole.graph.output}
-        links = [(_producer(produced, name), f"{stage}/{name}") for name in TENSORS[stage][0]]
+        links = [(_producer(produced, name), f"{stage}/{name}") for name in wiring[stage][0]]
         kept = sorted(produced | {output.name for output in staged[stage].graph.output})
         whole = compose.merge_models(whole, staged[stage], io_map=links, outputs=kept)
     _rename(whole.graph, {"teacher/image": "image"})

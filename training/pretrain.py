@@ -1,51 +1,69 @@
 """Pre-trains the teacher from scratch on drawn pictures, so that a model can ship without licensed photographs.
 
-Formula-driven: a picture holds a few shapes of eight kinds and eight colours on a ground that means nothing; the target
-is how many of each kind and colour it holds, predicted at every position and summed. That makes features local,
-additive and blind to the ground, which is what counting parts needs. Never sees a scene or a product. Called by `cli`.
+Several tasks share the backbone, all of them answered at every position, so that features stay local and additive:
+how many shapes of each kind, colour, size and pair (summed over positions: what counting parts needs), which ground,
+kind and colour a position shows, where something is damaged, and how the picture without camera noise looks there.
+Never sees a scene or a product. Draws with `drawing`; called by `cli`.
 """
 
+import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from training.config import PretrainConfig
-from training.errors import TrainingError
-from training.teacher import CHANNELS, Teacher
-from training.textures import PHOTOGRAPHS, relief
+from training.drawing import COLOURS, KINDS, SURFACES, Drawing, Shape, draw
+from training.errors import DataError, TrainingError
+from training.teacher import CHANNELS, Teacher, load_teacher
 
-KINDS = ("disc", "ring", "square", "triangle", "bar", "cross", "hexagon", "crescent")
-# RGB, far enough apart to survive tint, shade and noise.
-COLOURS = (
-    (200, 40, 40),
-    (40, 160, 60),
-    (50, 80, 200),
-    (220, 190, 50),
-    (150, 60, 170),
-    (40, 180, 190),
-    (40, 40, 40),
-    (225, 225, 225),
-)
-TARGETS = len(KINDS) + len(COLOURS)
-MAX_SHAPES = 11
-# Half the width of a shape in pixels of the model's input, where parts of a product measure 10 to 60.
-RADIUS = (5.0, 15.0)
+# Radii between the four classes of size, equal steps of the logarithm.
+SIZE_EDGES = (4.1, 6.7, 11.0)
+# Kinds, then colours, then sizes, which level 2 counts; level 3 counts every pair of kind and colour as well.
+SINGLES = len(KINDS) + len(COLOURS) + len(SIZE_EDGES) + 1
+PAIRS = len(KINDS) * len(COLOURS)
+# Mean colour and eight rectified gradients, see `appearance`.
+APPEARANCE = 11
 CHECKPOINT_EVERY_S = 60.0
-# Room for the shadow of a shape and its soft edge.
-WINDOW_MARGIN = 12
-# Level 2 learns the same counts with less weight, so that its channels name parts too.
-LEVEL2_WEIGHT = 0.5
+# Most positions are whole; without it the damage heads would learn to say nothing.
+DAMAGE_WEIGHT = 4.0
+
+
+class Weights(NamedTuple):
+    """What one unit of each task's loss counts in the sum; chosen by short runs measured on development scenes."""
+
+    counts: float = 3.0
+    pairs: float = 15.0
+    surface: float = 0.3
+    colour: float = 0.3
+    damage: float = 1.0
+    appearance: float = 5.0
+
+
+class Targets(NamedTuple):
+    """Truth of a batch; tuples go by level, (h, w) is the size of the level.
+
+    counts (B, SINGLES + PAIRS) float32; surface (B, h, w) uint8 at levels 2 and 3; at levels 1 and 2 colour (B, h, w)
+    uint8, damage (B, h, w) float32 in 0..1 and appearance (B, APPEARANCE, h, w) float32.
+    """
+
+    counts: Tensor
+    surface: tuple[Tensor, Tensor]
+    colour: tuple[Tensor, Tensor]
+    damage: tuple[Tensor, Tensor]
+    appearance: tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,77 +76,153 @@ class PretrainProgress:
     images_per_s: float
 
 
-class Counter(nn.Module):
-    """A teacher with one counting head each on levels 2 and 3: (B, H, W, 3) uint8 to two (B, TARGETS) counts."""
+class Pretext(nn.Module):
+    """A teacher with the heads of all tasks: 1 × 1 convolutions, so that whatever a head reads lies in one position."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
         self.teacher = teacher
-        self.head2 = nn.Conv2d(CHANNELS[1], TARGETS, 1)
-        self.head3 = nn.Conv2d(CHANNELS[2], TARGETS, 1)
+        self._dense = [len(COLOURS) + 1, 1, APPEARANCE]
+        self.dense1 = nn.Conv2d(CHANNELS[0], sum(self._dense), 1)
+        self.dense2 = nn.Conv2d(CHANNELS[1], sum(self._dense) + SURFACES, 1)
+        self.dense3 = nn.Conv2d(CHANNELS[2], SURFACES, 1)
+        self.count2 = nn.Conv2d(CHANNELS[1], SINGLES, 1)
+        self.count3 = nn.Conv2d(CHANNELS[2], SINGLES + PAIRS, 1)
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Counts are never negative: softplus at each position, then the sum over positions."""
-        _, f2, f3 = self.teacher(image)
-        # A fresh head would count ln 2 at each of hundreds of positions; the shift starts it near zero.
-        counts2 = F.softplus(self.head2(f2) - 5.0).sum(dim=(2, 3))
-        return counts2, F.softplus(self.head3(f3) - 4.0).sum(dim=(2, 3))
+    def forward(self, image: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """(B, H, W, 3) uint8 to the answers of each task at its two levels, shaped as in `Targets`."""
+        f1, f2, f3 = self.teacher(image)
+        colour1, damage1, appearance1 = torch.split(self.dense1(f1), self._dense, dim=1)
+        colour2, damage2, appearance2, surface2 = torch.split(self.dense2(f2), [*self._dense, SURFACES], dim=1)
+        # Counts are never negative. A fresh head would count ln 2 at each of hundreds of positions; the shift starts
+        # it near zero.
+        counts2 = F.softplus(self.count2(f2).float() - 5.0).sum(dim=(2, 3))
+        counts3 = F.softplus(self.count3(f3).float() - 4.0).sum(dim=(2, 3))
+        return {
+            "counts": (counts2, counts3),
+            "surface": (surface2, self.dense3(f3)),
+            "colour": (colour1, colour2),
+            "damage": (damage1.squeeze(1), damage2.squeeze(1)),
+            "appearance": (appearance1, appearance2),
+        }
 
 
-class DrawnPictures(IterableDataset[tuple[NDArray[np.uint8], NDArray[np.float32]]]):
-    """Endless seeded stream of (picture (s, s, 3) uint8, counts (TARGETS,) float32)."""
+def pretext_loss(answers: dict[str, tuple[Tensor, Tensor]], targets: Targets, weights: Weights) -> Tensor:
+    """Weighted sum of the losses of all tasks, a scalar."""
+    counts2, counts3 = answers["counts"]
+    single, pairs = torch.split(targets.counts, [SINGLES, PAIRS], dim=1)
+    single3, pairs3 = torch.split(counts3, [SINGLES, PAIRS], dim=1)
+    # Deeper features count better; level 2 learns the same with half the weight.
+    counting = F.smooth_l1_loss(single3, single) + 0.5 * F.smooth_l1_loss(counts2, single)
+    total = weights.counts * counting + weights.pairs * F.smooth_l1_loss(pairs3, pairs)
+    positive = torch.tensor(DAMAGE_WEIGHT, device=total.device)
+    for level in (0, 1):
+        total = total + weights.surface * F.cross_entropy(answers["surface"][level], targets.surface[level].long())
+        total = total + weights.colour * F.cross_entropy(answers["colour"][level], targets.colour[level].long())
+        total = total + weights.damage * F.binary_cross_entropy_with_logits(
+            answers["damage"][level], targets.damage[level], pos_weight=positive
+        )
+        total = total + weights.appearance * F.mse_loss(answers["appearance"][level], targets.appearance[level])
+    return total
+
+
+def targets_of(drawing: Drawing) -> Targets:
+    """The truth of one picture, without the batch dimension. A position of stride s looks at pixel (s i, s j)."""
+    surface, colour = torch.from_numpy(drawing.surface), torch.from_numpy(drawing.colour)
+    looks = appearance(drawing.clean)
+    return Targets(
+        torch.from_numpy(count(drawing.shapes)),
+        (surface[::8, ::8], surface[::16, ::16]),
+        (colour[::4, ::4], colour[::8, ::8]),
+        (_around(drawing.damage, 4).clamp(max=0.25) * 4, _around(drawing.damage, 8).clamp(max=0.25) * 4),
+        (_around(looks, 4).permute(2, 0, 1), _around(looks, 8).permute(2, 0, 1)),
+    )
+
+
+def count(shapes: list[Shape]) -> NDArray[np.float32]:
+    """How many shapes of each kind, colour, size and pair of kind and colour: (SINGLES + PAIRS,) float32."""
+    counts = np.zeros(SINGLES + PAIRS, dtype=np.float32)
+    for shape in shapes:
+        counts[shape.kind] += 1
+        counts[len(KINDS) + shape.colour] += 1
+        counts[len(KINDS) + len(COLOURS) + int(np.searchsorted(SIZE_EDGES, shape.radius))] += 1
+        counts[SINGLES + shape.kind * len(COLOURS) + shape.colour] += 1
+    return counts
+
+
+def appearance(clean: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """(h, w, 3) uint8 to (h, w, APPEARANCE): colour in -1..1 and gradients rectified by direction, as HOG bins them."""
+    grey = np.asarray(cv2.cvtColor(clean, cv2.COLOR_RGB2GRAY), dtype=np.float32) / 255
+    dx, dy = cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1)
+    strength = np.sqrt(dx * dx + dy * dy) + 1e-6
+    # Twice the angle, so that the two sides of a line agree.
+    straight, oblique = (dx * dx - dy * dy) / strength, 2 * dx * dy / strength
+    signed = [np.maximum(v, 0) for value in (dx, dy, straight, oblique) for v in (value, -value)]
+    return np.concatenate([clean / np.float32(127.5) - 1, np.stack(signed, axis=2)], axis=2, dtype=np.float32)
+
+
+def _around(values: NDArray[np.float32], stride: int) -> Tensor:
+    """Means over a window of the stride's width around each of its positions."""
+    return torch.from_numpy(np.ascontiguousarray(cv2.blur(values, (stride, stride))[::stride, ::stride]))
+
+
+class DrawnPictures(Dataset[tuple[Tensor, Targets]]):
+    """Picture number i of a seed, for any i: the order can be resumed anywhere and shared by several processes."""
 
     def __init__(self, size: int, seed: int) -> None:
         self._size, self._seed = size, seed
 
-    def __iter__(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float32]]]:
-        generator = np.random.default_rng(self._seed)
-        while True:
-            yield draw_picture(self._size, generator)
+    def __getitem__(self, index: int) -> tuple[Tensor, Targets]:
+        """(picture (s, s, 3) uint8, its truth)."""
+        # One core draws and the other trains; more threads would take turns.
+        cv2.setNumThreads(1)
+        drawing = draw(self._size, np.random.default_rng((self._seed, index)))
+        return torch.from_numpy(drawing.photograph), targets_of(drawing)
 
 
-def pretrain(config: PretrainConfig, out: Path, report: Callable[[PretrainProgress], None], workers: int = 1) -> None:
-    """Trains until minutes or steps run out; writes layers 1 to 3 to `out` as FP16 safetensors.
+class Run:
+    """One pre-training run: the network, its optimiser, and how far they are."""
 
-    It does so every minute and at the end, replacing the file in one step: a kill leaves the last whole checkpoint.
-    """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    counter = Counter(Teacher()).train().to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(counter.parameters(), lr=config.learning_rate, weight_decay=0.01)
-    loader = DataLoader(DrawnPictures(config.picture_size, config.seed), config.batch_size, num_workers=workers)
-    started = saved = time.monotonic()
-    running = 0.0
-    for step, (pictures, counts) in enumerate(loader, start=1):
-        share = max((time.monotonic() - started) / (60 * config.minutes), step / config.max_steps)
-        for group in optimiser.param_groups:
-            group["lr"] = config.learning_rate * _schedule(step, share)
-        loss = _train_step(counter, optimiser, pictures, counts)
-        if not math.isfinite(loss):
-            raise TrainingError(f"step {step}: the loss is {loss}; lower learning_rate")
-        running = loss if step == 1 else 0.98 * running + 0.02 * loss
-        now = time.monotonic()
-        report(PretrainProgress(step, min(share, 1.0), running, step * config.batch_size / (now - started)))
-        if share >= 1:
-            break
-        if now - saved > CHECKPOINT_EVERY_S:
-            save_teacher(counter.teacher, out)
-            saved = now
-    save_teacher(counter.teacher, out)
+    def __init__(self, config: PretrainConfig, start: Path | None = None) -> None:
+        self.config = config
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(config.seed)
+        teacher = Teacher()
+        if start is not None:
+            teacher.load_state_dict(load_teacher(start).state_dict())
+        self.network = Pretext(teacher).train().to(self.device)
+        self.network.to(memory_format=torch.channels_last)
+        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=config.learning_rate, weight_decay=0.01)
+        self.step, self.seconds, self.loss = 0, 0.0, 0.0
+        self._bf16 = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
+
+    @property
+    def share(self) -> float:
+        """How much of the budget is used, 0..1 or a little more: of minutes or of steps, whichever is more."""
+        return max(self.seconds / (60 * self.config.minutes), self.step / self.config.max_steps)
+
+    def train_step(self, pictures: Tensor, targets: Targets) -> None:
+        """One step of the optimiser; raises TrainingError where the loss is not finite."""
+        self.step += 1
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.config.learning_rate * _schedule(self.step, self.share)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+            answers = self.network(pictures.to(self.device))
+        answers = {task: (first.float(), second.float()) for task, (first, second) in answers.items()}
+        loss = pretext_loss(answers, _moved(targets, self.device), Weights())
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
+        self.optimiser.step()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TrainingError(f"step {self.step}: the loss is {value}; lower learning_rate")
+        self.loss = value if self.step == 1 else 0.98 * self.loss + 0.02 * value
 
 
-def save_teacher(teacher: Teacher, path: Path) -> None:
-    """Writes the weights as FP16 safetensors, replacing `path` in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: tensor.detach().half().contiguous()
-        for name, tensor in teacher.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial)
-    partial.replace(path)
+def _moved(targets: Targets, device: torch.device) -> Targets:
+    pairs = ((first.to(device), second.to(device)) for first, second in targets[1:])
+    return Targets(targets.counts.to(device), *pairs)
 
 
 def _schedule(step: int, share: float) -> float:
@@ -136,133 +230,111 @@ def _schedule(step: int, share: float) -> float:
     return min(1.0, step / 100) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
-def _train_step(counter: Counter, optimiser: torch.optim.Optimizer, pictures: Tensor, counts: Tensor) -> float:
-    counts2, counts3 = counter(pictures)
-    loss = F.smooth_l1_loss(counts3, counts) + LEVEL2_WEIGHT * F.smooth_l1_loss(counts2, counts)
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    nn.utils.clip_grad_norm_(counter.parameters(), 5.0)
-    optimiser.step()
-    return loss.item()
-
-
-def draw_picture(size: int, generator: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """One picture (size, size, 3) uint8 RGB and its counts: kinds first, then colours."""
-    picture = draw_ground(size, generator)
-    counts = np.zeros(TARGETS, dtype=np.float32)
-    placed: list[tuple[float, float, float]] = []
-    for _ in range(generator.integers(0, MAX_SHAPES + 1)):
-        radius = float(generator.uniform(*RADIUS))
-        x, y = (float(v) for v in generator.uniform(radius, size - radius, size=2))
-        if any(math.hypot(x - px, y - py) < 0.8 * (radius + pr) for px, py, pr in placed):
-            continue
-        placed.append((x, y, radius))
-        kind, colour = int(generator.integers(len(KINDS))), int(generator.integers(len(COLOURS)))
-        counts[kind] += 1
-        counts[len(KINDS) + colour] += 1
-        _draw_shape(picture, KINDS[kind], COLOURS[colour], (x, y, radius), generator)
-    return _photograph(picture, generator), counts
-
-
-def draw_ground(size: int, generator: np.random.Generator) -> NDArray[np.float32]:
-    """A ground of one of six families, (size, size, 3) float32 in 0..255."""
-    # Half of the grounds are nearly grey, as trays and metal are.
-    chroma = generator.uniform(-80, 80, size=3) * (1.0 if generator.random() < 0.5 else 0.15)
-    colour = np.clip(generator.uniform(20, 225) + chroma, 5, 250).astype(np.float32)
-    ground = np.broadcast_to(colour, (size, size, 3)).copy()
-    family = int(generator.integers(6))
-    if family >= 3:
-        photograph = PHOTOGRAPHS[int(generator.integers(len(PHOTOGRAPHS)))]
-        texture = relief(photograph, (size, size), float(generator.uniform(0.3, 1.5)), generator)
-        return np.asarray(ground + texture[..., None] * generator.uniform(5, 45), dtype=np.float32)
-    if family == 0:
-        return ground
-    if family == 1:
-        cells = generator.uniform(-1, 1, size=(int(generator.integers(2, 24)),) * 2).astype(np.float32)
-        blobs = cv2.resize(cells, (size, size), interpolation=cv2.INTER_CUBIC)
-        return np.asarray(ground + blobs[..., None] * generator.uniform(10, 60, size=3), dtype=np.float32)
-    angle, period = generator.uniform(0, math.pi), generator.uniform(4, 40)
-    rows, columns = np.mgrid[0:size, 0:size]
-    stripes = np.sin((rows * math.sin(angle) + columns * math.cos(angle)) * 2 * math.pi / period)
-    stripes = np.sign(stripes) if generator.random() < 0.5 else stripes
-    return np.asarray(ground + stripes[..., None] * generator.uniform(5, 60, size=3), dtype=np.float32)
-
-
-def _draw_shape(
-    picture: NDArray[np.float32],
-    kind: str,
-    colour: tuple[int, int, int],
-    place: tuple[float, float, float],
-    generator: np.random.Generator,
+def pretrain(
+    config: PretrainConfig,
+    out: Path,
+    report: Callable[[PretrainProgress], None],
+    workers: int | None = None,
+    *,
+    start: Path | None = None,
+    resume: bool = False,
 ) -> None:
-    x, y, radius = place
-    # Only the window around the shape is touched: a third of the time of whole-picture arithmetic.
-    left, top = (max(0, int(v - radius) - WINDOW_MARGIN) for v in (x, y))
-    picture = picture[top : int(y + radius) + WINDOW_MARGIN, left : int(x + radius) + WINDOW_MARGIN]
-    place = (x - left, y - top, radius)
-    mask = shape_mask(picture.shape[:2], kind, place, float(generator.uniform(0, 2 * math.pi)), generator)
-    if generator.random() < 0.6:
-        shift = generator.integers(-4, 5, size=2)
-        shadow = np.roll(cv2.GaussianBlur(mask, (0, 0), 1.5), tuple(shift), axis=(0, 1))
-        picture *= 1 - 0.5 * shadow[..., None]
-    tint = np.array(colour, dtype=np.float32) * generator.uniform(0.8, 1.15) + generator.normal(0, 8, size=3)
-    light = _shading(mask, generator) if generator.random() < 0.7 else np.ones_like(mask)
-    picture += mask[..., None] * (tint * light[..., None] - picture)
+    """Trains until minutes or steps run out; writes layers 1 to 3 to `out` as FP16 safetensors.
+
+    Begins with random weights, or with those of the teacher file `start`. Writes every minute and at the end, replacing
+    the file in one step, and keeps all that `resume` needs in a second file beside it until the end. A resumed run
+    takes the steps that the killed one would have taken, to the last bit where steps and not minutes end it. Raises
+    DataError where there is nothing to resume or it does not fit.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    run, checkpoint = Run(config, start), checkpoint_path(out)
+    if resume:
+        load_checkpoint(run, checkpoint)
+    saved = started = time.monotonic() - run.seconds
+    for pictures, targets in _batches(run, config.workers if workers is None else workers):
+        run.seconds = time.monotonic() - started
+        run.train_step(pictures, Targets(*targets))
+        rate = run.step * config.batch_size / max(run.seconds, 1e-9)
+        report(PretrainProgress(run.step, min(run.share, 1.0), run.loss, rate))
+        if run.share >= 1:
+            break
+        if time.monotonic() - saved > CHECKPOINT_EVERY_S:
+            save_checkpoint(run, checkpoint)
+            save_teacher(run.network.teacher, out)
+            saved = time.monotonic()
+    save_teacher(run.network.teacher, out)
+    checkpoint.unlink(missing_ok=True)
 
 
-def _shading(mask: NDArray[np.float32], generator: np.random.Generator) -> NDArray[np.float32]:
-    """Round edges lit from one side: brightness factor (h, w) from the slope of the blurred mask."""
-    soft = cv2.GaussianBlur(mask, (0, 0), float(generator.uniform(1, 3)))
-    angle = generator.uniform(0, 2 * math.pi)
-    slope = cv2.Sobel(soft, cv2.CV_32F, 1, 0) * math.cos(angle) + cv2.Sobel(soft, cv2.CV_32F, 0, 1) * math.sin(angle)
-    return np.asarray(1 + slope * generator.uniform(0.1, 0.5), dtype=np.float32)
+def _batches(run: Run, workers: int) -> DataLoader[tuple[Tensor, Targets]]:
+    """The pictures from the run's next step on."""
+    size = run.config.batch_size
+    numbers = range(run.step * size, run.config.max_steps * size)
+    return DataLoader(
+        DrawnPictures(run.config.picture_size, run.config.seed),
+        size,
+        sampler=numbers,
+        num_workers=workers,
+        pin_memory=run.device.type == "cuda",
+    )
 
 
-def shape_mask(
-    shape: tuple[int, ...], kind: str, place: tuple[float, float, float], angle: float, generator: np.random.Generator
-) -> NDArray[np.float32]:
-    """Coverage of one shape, (h, w) float32 in 0..1; `place` is (x, y, radius) in pixels."""
-    mask = np.zeros(shape, dtype=np.uint8)
-    x, y, radius = place
-    centre = (round(x * 16), round(y * 16))
-    if kind in ("disc", "ring", "crescent"):
-        cv2.circle(mask, centre, round(radius * 16), 255, -1, cv2.LINE_AA, 4)
-        if kind == "ring":
-            cv2.circle(mask, centre, round(radius * generator.uniform(0.4, 0.65) * 16), 0, -1, cv2.LINE_AA, 4)
-        if kind == "crescent":
-            aside = (x + 0.55 * radius * math.cos(angle), y + 0.55 * radius * math.sin(angle))
-            away = (round(aside[0] * 16), round(aside[1] * 16))
-            cv2.circle(mask, away, round(radius * 0.8 * 16), 0, -1, cv2.LINE_AA, 4)
-    else:
-        points = _outline(kind, generator) * radius
-        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-        cv2.fillPoly(mask, [np.round((points @ turn.T + (x, y)) * 16).astype(np.int32)], 255, cv2.LINE_AA, 4)
-        if kind == "hexagon":
-            cv2.circle(mask, centre, round(radius * 0.45 * 16), 0, -1, cv2.LINE_AA, 4)
-    return np.asarray(mask / np.float32(255), dtype=np.float32)
+def save_teacher(teacher: Teacher, path: Path) -> None:
+    """Writes the weights as FP16 safetensors, replacing `path` in one step."""
+    tensors = {
+        name: tensor.detach().half().contiguous()
+        for name, tensor in teacher.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    _replace(path, tensors, {})
 
 
-def _outline(kind: str, generator: np.random.Generator) -> NDArray[np.float64]:
-    """Corners of a shape within the unit circle, (n, 2)."""
-    if kind == "bar":
-        half = generator.uniform(0.12, 0.25)
-        return np.array([(-1, -half), (1, -half), (1, half), (-1, half)])
-    if kind == "cross":
-        a = generator.uniform(0.2, 0.35)
-        quarter = [(a, a), (a, 1), (-a, 1)]
-        turns = ((1, 0), (0, 1), (-1, 0), (0, -1))
-        return np.array([(x * c - y * s, x * s + y * c) for c, s in turns for x, y in quarter])
-    corners = {"square": 4, "triangle": 3, "hexagon": 6}[kind]
-    angles = np.arange(corners) * 2 * math.pi / corners
-    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+def checkpoint_path(out: Path) -> Path:
+    """Where a run that writes `out` keeps what it needs to resume."""
+    return out.with_name(out.name + ".checkpoint")
 
 
-def _photograph(picture: NDArray[np.float32], generator: np.random.Generator) -> NDArray[np.uint8]:
-    """What a camera adds: uneven light, blur, noise, exposure."""
-    size = picture.shape[0]
-    corners = generator.uniform(0.75, 1.2, size=(2, 2)).astype(np.float32)
-    picture = picture * cv2.resize(corners, (size, size), interpolation=cv2.INTER_LINEAR)[..., None]
-    if generator.random() < 0.5:
-        picture = np.asarray(cv2.GaussianBlur(picture, (0, 0), float(generator.uniform(0.3, 1.2))), dtype=np.float32)
-    noise = generator.standard_normal(picture.shape, dtype=np.float32) * generator.uniform(0, 8)
-    return np.asarray(np.clip(picture + noise, 0, 255), dtype=np.uint8)
+def save_checkpoint(run: Run, path: Path) -> None:
+    """Network, optimiser and progress as one safetensors file, its settings as JSON in the header; never a pickle."""
+    tensors = {f"network.{name}": tensor.contiguous() for name, tensor in run.network.state_dict().items()}
+    for index, state in run.optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser.{index}.{name}": tensor.contiguous() for name, tensor in state.items()}
+    progress = {"step": run.step, "seconds": run.seconds, "loss": run.loss, "config": run.config.model_dump_json()}
+    _replace(path, tensors, {"pretrain": json.dumps(progress)})
+
+
+def load_checkpoint(run: Run, path: Path) -> None:
+    """Puts `run` where the checkpoint was taken; raises DataError where the file is no checkpoint of these settings."""
+    if not path.is_file():
+        raise DataError(f"checkpoint '{path}': no such file; start without --resume")
+    try:
+        with safe_open(path, framework="pt") as file:
+            progress = json.loads(file.metadata()["pretrain"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        raise DataError(f"checkpoint '{path}': cannot be read ({error}); start without --resume") from error
+    # What may change on the way: the budget and how the machine is used. The rest decides the result.
+    free = {"minutes", "max_steps", "threads", "workers"}
+    if PretrainConfig.model_validate_json(progress["config"]).model_dump(exclude=free) != run.config.model_dump(
+        exclude=free
+    ):
+        raise DataError(f"checkpoint '{path}': taken with other settings; give those or start without --resume")
+    run.network.load_state_dict(_part(tensors, "network."))
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in _part(tensors, "optimiser.").items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    run.optimiser.load_state_dict({**run.optimiser.state_dict(), "state": state})
+    run.step, run.seconds, run.loss = progress["step"], progress["seconds"], progress["loss"]
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _replace(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata)
+    partial.replace(path)

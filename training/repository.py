@@ -17,9 +17,10 @@ from pydantic import BaseModel, ConfigDict
 from tritonclient.grpc import model_config_pb2 as pb
 
 from training.calibrate import Calibration
+from training.config import NetworkConfig
 from training.errors import ConfigError
-from training.graphs import TENSORS
-from training.metrics import ImageAuroc, TestImages
+from training.metrics import AurocIntervals, ImageAuroc, TestImages
+from training.stages import Wiring
 
 CPU_BATCH, GPU_BATCH = 8, 32
 # Requests that may wait for one step before Triton refuses more: the line stops earlier, this guards the server.
@@ -63,12 +64,14 @@ class InputEntry(BaseModel):
 
 
 class MetricsEntry(BaseModel):
-    """The test report, of the fused score."""
+    """The image-level test report, of the fused score; kinds that the test split lacks are null, as are intervals
+    that an older bundle does not have."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     image_auroc: ImageAuroc
     test_images: TestImages
+    intervals: AurocIntervals | None = None
 
 
 class Manifest(BaseModel):
@@ -79,6 +82,7 @@ class Manifest(BaseModel):
     schema_version: int = 1
     product: str
     method: str
+    network: NetworkConfig
     version: int
     created: str
     input: InputEntry
@@ -114,19 +118,11 @@ def parse_server_version(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def tensor_shapes(image_size: int, width: int, descriptor: int) -> Shapes:
-    """Shape of every served tensor without batch."""
-    s = image_size
-    levels = {"1": (64, s // 4, s // 4), "2": (128, s // 8, s // 8), "3": (256, s // 16, s // 16)}
-    shapes: Shapes = {f"{side}{level}": shape for side in "fd" for level, shape in levels.items()}
-    shapes |= {"image": (s, s, 3), "embedding": (width, s // 32, s // 32), "descriptor": (descriptor,)}
-    return shapes | {"anomaly_map": (s // 4, s // 4), "map_score": (1,), "mahalanobis": (1,), "score": (1,)}
-
-
-def stage_config(name: str, stage: str, shapes: Shapes, serving: Serving) -> pb.ModelConfig:
-    """Config of an ONNX step."""
-    names_in, names_out = TENSORS[stage]
-    config = _step_config(name, "onnxruntime", names_in, names_out, shapes, serving)
+def stage_config(
+    name: str, tensors: tuple[tuple[str, ...], tuple[str, ...]], shapes: Shapes, serving: Serving
+) -> pb.ModelConfig:
+    """Config of an ONNX step; `tensors` are the names of its inputs and outputs, `shapes` theirs without batch."""
+    config = _step_config(name, "onnxruntime", *tensors, shapes, serving)
     if serving.target is Target.GPU:
         config.instance_group.add(kind=pb.ModelInstanceGroup.KIND_GPU, count=1)
         accelerator = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="tensorrt")
@@ -146,12 +142,12 @@ def mahalanobis_config(name: str, shapes: Shapes, serving: Serving) -> pb.ModelC
     return config
 
 
-def ensemble_config(product: str, teacher: str, shapes: Shapes, serving: Serving) -> pb.ModelConfig:
+def ensemble_config(product: str, teacher: str, wiring: Wiring, shapes: Shapes, serving: Serving) -> pb.ModelConfig:
     """Config that joins the five steps; tensors keep one name from the step that makes them to those that take them."""
     config = pb.ModelConfig(name=product, platform="ensemble", max_batch_size=serving.max_batch)
     _add_tensors(config, ("image",), ENSEMBLE_OUTPUTS, shapes)
-    steps = [(teacher, *TENSORS["teacher"])]
-    steps += [(f"{product}.{stage}", *TENSORS[stage]) for stage in ("bottleneck", "student", "map")]
+    steps = [(teacher, *wiring["teacher"])]
+    steps += [(f"{product}.{stage}", *wiring[stage]) for stage in ("bottleneck", "student", "map")]
     steps.append((f"{product}.mahalanobis", ("descriptor", "map_score"), ("mahalanobis", "score")))
     for model, inputs, outputs in steps:
         step = config.ensemble_scheduling.step.add(model_name=model, model_version=-1)

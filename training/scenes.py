@@ -6,6 +6,7 @@ else is rendered, on any number of processes. Called by `cli`.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -21,10 +22,12 @@ from numpy.typing import NDArray
 
 from training.data import TEST_KINDS
 from training.errors import ConfigError, DataError, TrainingError
-from training.products import cable_set, fastener_tray
+from training.products import bottle, cable_set, fastener_tray, parts_bag, pin_grid
 from training.products.rendered import Defect, Rendered, Saturation
 
 SPLITS = ("train", "validation", "good", "logical", "structural")
+# Least and greatest side of a picture: scratches still show, and a thousand pictures still fit a disk.
+SIDES = (128, 4096)
 # zlib level 1: sensor noise does not compress, and higher levels cost more than the rendering.
 PNG_OPTIONS = (cv2.IMWRITE_PNG_COMPRESSION, 1)
 
@@ -33,6 +36,7 @@ class Product(Protocol):
     """What a module of `products` offers."""
 
     NAME: str
+    BASE: tuple[int, int]
     LOGICAL: tuple[str, ...]
     STRUCTURAL: tuple[str, ...]
     SATURATION: dict[str, Saturation]
@@ -41,7 +45,8 @@ class Product(Protocol):
         """One picture, good or with one defect."""
 
 
-PRODUCTS: dict[str, Product] = {module.NAME: module for module in (fastener_tray, cable_set)}
+# The place in this table is part of every picture's seed: append, never reorder.
+PRODUCTS: dict[str, Product] = {m.NAME: m for m in (fastener_tray, cable_set, pin_grid, bottle, parts_bag)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ class _Job:
     split: str
     index: int
     seed: int
+    size: tuple[int, int] | None
 
     @property
     def defect(self) -> str | None:
@@ -80,23 +86,32 @@ class _Job:
 
 
 def render_scenes(
-    root: Path, product: str, amounts: Amounts, seed: int, report: Callable[[float], None], workers: int | None = None
+    root: Path,
+    product: str,
+    amounts: Amounts,
+    seed: int,
+    report: Callable[[float], None],
+    workers: int | None = None,
+    size: tuple[int, int] | None = None,
 ) -> None:
     """Writes one product to `root`, which must not exist yet; `report` gets the share done.
 
-    Raises ConfigError for an unknown product, DataError where the folder is taken or cannot be written.
+    `size` is (width, height) in pixels, each within SIDES; None is the product's own. Raises ConfigError for an
+    unknown product or a size out of range, DataError where the folder is taken or cannot be written.
     """
     if product not in PRODUCTS:
         raise ConfigError(f"product '{product}': unknown; there are {', '.join(PRODUCTS)}")
+    if size is not None and not all(SIDES[0] <= side <= SIDES[1] for side in size):
+        raise ConfigError(f"size '{size[0]}x{size[1]}': each side must lie in {SIDES[0]}..{SIDES[1]} pixels")
     if root.exists():
         raise DataError(f"scenes '{root}': exists already; give another folder or remove it")
     partial = root.with_name(f".{root.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    jobs = [_Job(partial, product, split, index, seed) for split in SPLITS for index in range(amounts.of(split))]
+    jobs = [_Job(partial, product, split, i, seed, size) for split in SPLITS for i in range(amounts.of(split))]
     try:
         _make_folders(jobs)
         _render_all(jobs, report, workers or os.cpu_count() or 1)
-        _describe(partial, product, jobs)
+        _describe(partial, product, jobs, size)
         partial.rename(root)
     except OSError as error:
         raise DataError(f"scenes '{root}': cannot be written ({error.strerror})") from error
@@ -121,13 +136,29 @@ def _render_all(jobs: list[_Job], report: Callable[[float], None], workers: int)
 def _render_one(job: _Job) -> None:
     cv2.setNumThreads(1)
     place = (job.seed, list(PRODUCTS).index(job.product), SPLITS.index(job.split), job.index)
-    rendered = PRODUCTS[job.product].render(job.defect, np.random.default_rng(place))
+    rendered = _resized(PRODUCTS[job.product].render(job.defect, np.random.default_rng(place)), job.size)
     _write_png(job.root / job.file, np.ascontiguousarray(rendered.picture[..., ::-1]))
     if rendered.defects:
         folder = job.root / "ground_truth" / TEST_KINDS[job.split] / f"{job.index:03d}"
         folder.mkdir(parents=True)
         for number, defect in enumerate(rendered.defects):
             _write_png(folder / f"{number:03d}.png", _mask_picture(job.product, defect))
+
+
+def _resized(rendered: Rendered, size: tuple[int, int] | None) -> Rendered:
+    """The same scene at (width, height): area means where both sides shrink, else linear; masks by nearest pixel."""
+    rows, columns = rendered.picture.shape[:2]
+    if size is None or size == (columns, rows):
+        return rendered
+    smaller = size[0] <= columns and size[1] <= rows
+    picture = cv2.resize(rendered.picture, size, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
+    defects = tuple(Defect(defect.name, _nearest(defect.mask, size)) for defect in rendered.defects)
+    return Rendered(np.asarray(picture, dtype=np.uint8), defects)
+
+
+def _nearest(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+    resized = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST_EXACT)
+    return np.asarray(resized, dtype=np.bool_)
 
 
 def _mask_picture(product: str, defect: Defect) -> NDArray[np.uint8]:
@@ -139,18 +170,28 @@ def pixel_value(product: str, defect: str) -> int:
     return 255 - list(PRODUCTS[product].SATURATION).index(defect)
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) from 'WIDTHxHEIGHT'; raises ConfigError for anything else."""
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if found is None:
+        raise ConfigError(f"size '{text}': must be WIDTHxHEIGHT in pixels, e.g. 640x480")
+    return int(found[1]), int(found[2])
+
+
 def _make_folders(jobs: list[_Job]) -> None:
     for folder in {(job.root / job.file).parent for job in jobs}:
         folder.mkdir(parents=True)
 
 
-def _describe(root: Path, product: str, jobs: list[_Job]) -> None:
+def _describe(root: Path, product: str, jobs: list[_Job], size: tuple[int, int] | None) -> None:
     """Writes defects_config.json as LOCO has it, and parts.json: file, kind and defect of every test picture."""
+    base = PRODUCTS[product].BASE
+    area = 1 if size is None else size[0] * size[1] / (base[0] * base[1])
     config = [
         {
             "defect_name": name,
             "pixel_value": pixel_value(product, name),
-            "saturation_threshold": saturation.threshold,
+            "saturation_threshold": saturation.threshold if saturation.relative else saturation.threshold * area,
             "relative_saturation": saturation.relative,
         }
         for name, saturation in PRODUCTS[product].SATURATION.items()

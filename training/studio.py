@@ -102,8 +102,14 @@ class Canvas:
         picture = field(cv2.GaussianBlur(picture, (0, 0), float(generator.uniform(0.5, 0.9))))
         noise = generator.standard_normal(picture.shape, dtype=np.float32)
         # Variance of 1.5 grey levels squared from the sensor, plus photons in proportion to brightness.
-        picture += noise * np.sqrt(1.5 + 0.025 * np.maximum(picture, 0))
-        return np.asarray(np.clip(picture + 0.5, 0, 255), dtype=np.uint8)
+        # In place, to spare fresh memory for whole pictures.
+        spread = np.maximum(picture, 0)
+        spread *= 0.025
+        spread += 1.5
+        noise *= np.sqrt(spread, out=spread)
+        picture += noise
+        picture += 0.5
+        return np.asarray(np.clip(picture, 0, 255, out=picture), dtype=np.uint8)
 
     def _lit(self) -> Field:
         slope_x = cv2.Sobel(self.height, cv2.CV_32F, 1, 0, scale=1 / 8)
@@ -115,7 +121,8 @@ class Canvas:
         mirror = np.clip((z + 1 - slope_x * x - slope_y * y) * upright / half, 0, 1) ** SHININESS
         # A third of the light comes from everywhere: diffusers, walls.
         picture = self.colour * (0.33 + 0.67 * diffuse)[..., None]
-        return field(picture + (190 * self.gloss * mirror)[..., None])
+        picture += (190 * self.gloss * mirror)[..., None]
+        return field(picture)
 
 
 def _vignette(rows: int, columns: int) -> Field:

@@ -30,9 +30,9 @@ class Bottleneck(nn.Module):
         return self.embed(torch.cat([g1, g2, f3], dim=1)), describe(f2, f3)
 
 
-def describe(f2: Tensor, f3: Tensor) -> Tensor:
-    """Global average of each channel of levels 2 and 3, (B, c2 + c3): what a picture holds, wherever it lies."""
-    return torch.cat([f2.mean(dim=(2, 3)), f3.mean(dim=(2, 3))], dim=1)
+def describe(*levels: Tensor) -> Tensor:
+    """Global average of each channel of some levels, (B, sum of C): what a picture holds, wherever it lies."""
+    return torch.cat([level.mean(dim=(2, 3)) for level in levels], dim=1)
 
 
 def _halving(c_in: int, c_out: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:

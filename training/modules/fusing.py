@@ -18,7 +18,8 @@ def fuse_batch_norms(module: nn.Module) -> None:
             before = previous[1]
             fused = fuse_conv_bn_eval(before, child, transpose=isinstance(before, nn.ConvTranspose2d))
             setattr(module, previous[0], fused)
-            setattr(module, name, nn.Identity())
+            # timm's norms carry the activation that follows them.
+            setattr(module, name, getattr(child, "act", nn.Identity()))
         else:
             fuse_batch_norms(child)
         previous = (name, child)

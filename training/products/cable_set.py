@@ -21,14 +21,14 @@ BASE = (640, 480)
 COLOURS = {"yellow": ((206, 172, 44), 1), "blue": ((44, 84, 168), 2), "red": ((178, 46, 40), 3)}
 PORTS_Y = (140.0, 240.0, 340.0)
 LEFT_X, RIGHT_X = 132.0, 508.0
-RADIUS = 8.0
-SLEEVE, RING, RING_PITCH = 72.0, 9.0, 19.0
+RADIUS = 11.0
+SLEEVE, RING, RING_PITCH = 84.0, 12.0, 23.0
 CLAMP = (46.0, 30.0)
 LOGICAL = ("marks_differ", "marks_wrong", "wrong_pair", "missing_clamp", "extra_cable")
 STRUCTURAL = ("cut_insulation", "burn", "dent")
 SATURATION = {
-    "marks_differ": Saturation(1100, relative=False),
-    "marks_wrong": Saturation(1100, relative=False),
+    "marks_differ": Saturation(1700, relative=False),
+    "marks_wrong": Saturation(1700, relative=False),
     "wrong_pair": Saturation(0.5, relative=True),
     "missing_clamp": Saturation(4000, relative=False),
     "extra_cable": Saturation(0.33, relative=True),
@@ -129,7 +129,7 @@ def _lay_cable(canvas: Canvas, cable: _Cable, offset: Offset) -> Field:
     away = cv2.resize(distance, (BASE[0], bottom - top), interpolation=cv2.INTER_AREA) / scale
     x = np.arange(BASE[0], dtype=np.float32)[None, :] - np.float32(offset[0])
     sleeve, ring = _sleeves(cable, x)
-    radius = RADIUS + 2.0 * sleeve
+    radius = RADIUS + 2.5 * sleeve
     colour = np.broadcast_to(np.array(COLOURS[cable.colour][0], dtype=np.float32), (*away.shape, 3))
     colour = colour + sleeve[..., None] * (np.float32(214) - colour)
     colour = colour + ring[..., None] * (np.float32(30) - colour)
@@ -227,7 +227,7 @@ def _damage(
     if defect not in ("cut_insulation", "burn"):
         return None
     cover = covers[int(generator.integers(len(covers)))]
-    free = [c for c in range(232, 408) if abs(c - clamp_x) > CLAMP[0] / 2 + 18]
+    free = [c for c in range(244, 397) if abs(c - clamp_x) > CLAMP[0] / 2 + 18]
     x = int(generator.choice(free))
     y = float(np.flatnonzero(cover[:, x] > 0.5).mean())
     if defect == "burn":

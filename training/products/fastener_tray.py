@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from training.products.damage import scratch, stain
 from training.products.fasteners import AREA, KINDS, SIDE, part
 from training.products.rendered import Defect, Rendered, Saturation
-from training.studio import Canvas, Field, Generator, Lamp, Stamp, blotch, field, rounded_box
+from training.studio import Canvas, Field, Generator, Lamp, field, rounded_box
 from training.textures import relief
 
 NAME = "fastener-tray"
@@ -137,7 +138,7 @@ def _damage(defect: str | None, pieces: list[_Piece], generator: Generator) -> l
     """Bends or breaks a piece in place; returns the pieces that bear the defect."""
     if defect == "bent":
         piece = _one_of([p for p in pieces if p.kind in ("screw", "pin")], generator)
-        piece.bent = float(generator.choice([-1, 1]) * generator.uniform(12, 18))
+        piece.bent = float(generator.choice([-1, 1]) * generator.uniform(18, 26))
         return [piece]
     if defect == "broken_part":
         piece = _one_of(pieces, generator)
@@ -176,29 +177,11 @@ def _logical_mask(defect: str | None, pieces: list[_Piece], covers: list[Field],
 
 
 def _surface_damage(canvas: Canvas, defect: str | None, pieces: list[_Piece], generator: Generator) -> Field | None:
+    if defect not in ("stain", "scratch"):
+        return None
+    piece = _one_of(pieces, generator)
     if defect == "stain":
-        spot = blotch(int(generator.uniform(46, 80)), generator)
-        colour = np.broadcast_to(np.array((52, 40, 24), dtype=np.float32), (*spot.shape, 3))
-        piece = _one_of(pieces, generator)
-        place = (piece.x + float(generator.normal(0, 18)), piece.y + float(generator.normal(0, 18)))
-        stamp = Stamp(field(0.8 * spot), colour, field(0 * spot), 0.5, solid=False)
-        return field(canvas.lay(stamp, place, lift=0.0) / 0.8)
-    if defect == "scratch":
-        at = int(generator.integers(len(pieces)))
-        return _scratch(canvas, pieces[at], generator)
-    return None
-
-
-def _scratch(canvas: Canvas, piece: _Piece, generator: Generator) -> Field:
-    """A bright, rough groove that runs over a part and on into the tray."""
-    line = np.zeros(BASE[::-1], dtype=np.uint8)
-    angle, half = float(generator.uniform(0, 2 * math.pi)), float(generator.uniform(24, 42))
-    steps = np.linspace(-1, 1, 9)
-    points = np.stack([piece.x + steps * half * math.cos(angle), piece.y + steps * half * math.sin(angle)], axis=1)
-    points += generator.normal(0, 1.5, size=points.shape)
-    cv2.polylines(line, [np.round(points * 16).astype(np.int32)], False, 255, 2, cv2.LINE_AA, 4)
-    groove = field(line / 255)
-    canvas.height -= 2.5 * groove
-    canvas.colour += groove[..., None] * (np.float32(205) - canvas.colour) * 0.6
-    grown = cv2.dilate(groove, np.ones((5, 5), dtype=np.uint8))
-    return field(grown)
+        return stain(
+            canvas, (piece.x + float(generator.normal(0, 18)), piece.y + float(generator.normal(0, 18))), generator
+        )
+    return scratch(canvas, (piece.x, piece.y), generator)

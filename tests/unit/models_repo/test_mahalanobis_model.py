@@ -12,11 +12,28 @@ FUSION = np.array([0.5, 0.1, 20.0, 4.0, 2.0])
 
 @pytest.fixture
 def arrays(load_model):
-    """Statistics of eight channels with their checksum, as export writes them."""
+    """Statistics of two modes, eight channels and five directions with their checksum, as export writes them."""
     generator = np.random.default_rng(0)
-    mean, whitening = generator.standard_normal(8), np.tril(generator.standard_normal((8, 8)))
-    checksum = np.frombuffer(load_model(TEMPLATE).checksum(mean, whitening, FUSION), dtype=np.uint8)
-    return {"mean": mean, "whitening": whitening, "fusion": FUSION, "sha256": checksum}
+    directions, _ = np.linalg.qr(generator.standard_normal((8, 5)))
+    values = {
+        "means": generator.standard_normal((2, 8)),
+        "scale": generator.uniform(0.5, 2, 8),
+        "directions": directions.T,
+        "weights": generator.uniform(0.5, 2, 5),
+        "outer": np.array(7.0),
+        "fusion": FUSION,
+    }
+    checksum = load_model(TEMPLATE).checksum(*values.values())
+    return {**values, "sha256": np.frombuffer(checksum, dtype=np.uint8)}
+
+
+def dense(arrays: dict[str, np.ndarray], descriptor: np.ndarray) -> np.ndarray:
+    """Distance to the nearest mode by the whole (8, 8) precision matrix."""
+    inner = arrays["directions"].T @ np.diag(arrays["weights"]) @ arrays["directions"]
+    outside = np.eye(8) - arrays["directions"].T @ arrays["directions"]
+    precision = np.diag(arrays["scale"]) @ (inner + arrays["outer"] * outside) @ np.diag(arrays["scale"])
+    centred = descriptor[:, None, :] - arrays["means"]
+    return np.sqrt(np.einsum("nki,ij,nkj->nk", centred, precision, centred).min(axis=1))[:, None]
 
 
 @pytest.fixture
@@ -40,10 +57,10 @@ def batch(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("n", [1, 8])
 def test_distance_and_score_are_numpys(arrays, start, request_of, n):
-    """distance = |W (x - mean)|; score = z(map) + weight * z(distance); FP32, one row a picture."""
+    """Distance to the nearest mode; score = z(map) + weight * z(distance); FP32, one row a picture."""
     descriptor, map_score = batch(n)
     (response,) = start(arrays).execute([request_of(descriptor, map_score)])
-    expected = np.linalg.norm((descriptor - arrays["mean"]) @ arrays["whitening"].T, axis=1)[:, None]
+    expected = dense(arrays, descriptor.astype(np.float64))
     assert response.error is None
     assert {name: (t.dtype, t.shape) for name, t in response.outputs.items()} == {
         "mahalanobis": (np.float32, (n, 1)),
@@ -82,7 +99,7 @@ def test_wrong_shape_is_an_error_of_one_request(arrays, start, request_of, colum
     assert second.outputs == {}
 
 
-@pytest.mark.parametrize("name", ["mean", "whitening", "fusion", "sha256"])
+@pytest.mark.parametrize("name", ["means", "scale", "directions", "weights", "outer", "fusion", "sha256"])
 def test_missing_array_stops_the_start(arrays, start, name):
     del arrays[name]
     with pytest.raises(ValueError, match=rf"statistics\.npz.*'{name}' is missing"):
@@ -90,20 +107,24 @@ def test_missing_array_stops_the_start(arrays, start, name):
 
 
 def test_damaged_statistics_stop_the_start(arrays, start):
-    arrays["mean"] = arrays["mean"] + 1e-9
+    arrays["means"] = arrays["means"] + 1e-9
     with pytest.raises(ValueError, match=r"statistics\.npz.*checksum"):
         start(arrays)
 
 
-def test_shapes_that_do_not_belong_together_stop_the_start(arrays, start):
-    arrays["mean"] = arrays["mean"][:5]
+@pytest.mark.parametrize("name", ["means", "scale", "directions", "weights", "fusion"])
+def test_shapes_that_do_not_belong_together_stop_the_start(arrays, start, load_model, name):
+    """Even with a right checksum: one column less than the others have."""
+    arrays[name] = arrays[name][..., :-1]
+    held = [array for key, array in arrays.items() if key != "sha256"]
+    arrays["sha256"] = np.frombuffer(load_model(TEMPLATE).checksum(*held), dtype=np.uint8)
     with pytest.raises(ValueError, match="do not belong together"):
         start(arrays)
 
 
 def test_pickled_statistics_are_refused(arrays, start):
     """An object array would need pickle to load; numpy is told never to."""
-    arrays["mean"] = np.array([{"code": "run me"}], dtype=object)
+    arrays["means"] = np.array([{"code": "run me"}], dtype=object)
     with pytest.raises(ValueError, match="allow_pickle"):
         start(arrays)
 
@@ -114,4 +135,4 @@ def test_shipped_models_start(load_model, path):
     assert path.read_bytes() == TEMPLATE.read_bytes()
     model = load_model(path).TritonPythonModel()
     model.initialize({"model_repository": str(path.parents[1]), "model_version": path.parent.name})
-    assert model.whitening.shape == (384, 384)
+    assert model.means.shape[1] == model.directions.shape[1] == model.size

@@ -1,19 +1,48 @@
 """A product small enough to fit in seconds: pictures of 64 x 64, an embedding of 8 channels, four steps."""
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from training.config import FitConfig
-from training.data import LocoFolder, open_loco
+from training.data import DataFolder, open_data
 from training.detector import Detector
 from training.fit import fit
-from training.teacher import random_teacher
+from training.modules.resnet import Features
+from training.teacher import Teacher, random_teacher
 
 SPLITS = {"train/good": 6, "validation/good": 4, "test/good": 3, "test/logical_anomalies": 2}
 TINY = FitConfig(width=8, image_size=64, batch_size=4, max_steps=4, validate_every=2, seed=3)
+
+
+# One thread: results do not hang on the machine's cores, and small tensors are no faster on two.
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Levels of some pictures as a FeatureSource, all in memory."""
+
+    levels: Features
+
+    def __len__(self) -> int:
+        return len(self.levels[0])
+
+    def features(self, batch_size: int) -> Iterator[Features]:
+        """In order, in batches."""
+        for start in range(0, len(self), batch_size):
+            f1, f2, f3 = (level[start : start + batch_size] for level in self.levels)
+            yield f1, f2, f3
+
+    def take(self, indices: Sequence[int]) -> Features:
+        """Some of them."""
+        f1, f2, f3 = (level[list(indices)] for level in self.levels)
+        return f1, f2, f3
 
 
 def ignore(_: object) -> None:
@@ -35,11 +64,45 @@ def loco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def folder(loco: Path) -> LocoFolder:
-    return open_loco(loco, need_test=True)
+def folder(loco: Path) -> DataFolder:
+    return open_data(loco, need_test=True)
 
 
 @pytest.fixture(scope="session")
-def detector(folder: LocoFolder) -> Detector:
+def detector(folder: DataFolder) -> Detector:
     """A fitted detector; tests must not change it."""
     return fit(folder, "tiny-part", random_teacher(0), TINY, ignore)
+
+
+@pytest.fixture(scope="session")
+def rivals(folder: DataFolder, detector: Detector) -> dict[str, Detector]:
+    """A fitted detector of each method; tests must not change them."""
+    rd, dskd = (TINY.model_copy(update={"method": method}) for method in ("rd", "dskd"))
+    return {
+        "logicrd": detector,
+        "rd": fit(folder, "tiny-part", random_teacher(0), rd, ignore),
+        "dskd": fit(folder, "tiny-part", random_teacher(0), dskd, ignore),
+    }
+
+
+@pytest.fixture(scope="session")
+def teacher() -> Teacher:
+    """An untrained teacher; tests must not change it."""
+    found = random_teacher(0).requires_grad_(False)
+    assert isinstance(found, Teacher)
+    return found
+
+
+@pytest.fixture(scope="session")
+def normals(teacher: Teacher) -> Recorded:
+    """The teacher's levels of 24 pictures that share a ground and differ in a spot's place and in a little noise."""
+    generator = np.random.default_rng(5)
+    ground = cv2.resize(generator.integers(60, 200, (8, 8, 3), dtype=np.uint8), (64, 64))
+    pictures = []
+    for _ in range(24):
+        picture = cv2.circle(ground.copy(), tuple(int(v) for v in generator.integers(12, 52, 2)), 7, (220, 40, 40), -1)
+        noise = generator.normal(0, 4, picture.shape)
+        pictures.append(np.clip(picture + noise, 0, 255).astype(np.uint8))
+    with torch.no_grad():
+        f1, f2, f3 = teacher(torch.from_numpy(np.stack(pictures)))
+    return Recorded((f1, f2, f3))

@@ -2,13 +2,28 @@
 
 import pytest
 
-from training.config import CONFIGS, FitConfig, PretrainConfig, load_config
+from training.config import CONFIGS, FitConfig, NetworkConfig, PretrainConfig, load_config
 from training.errors import ConfigError
 
 
-@pytest.mark.parametrize("name", ["demo.yaml", "rd-resnet18.yaml"])
-def test_shipped_fit_configs_load(name):
-    load_config(FitConfig, CONFIGS / name)
+@pytest.mark.parametrize(
+    ("name", "method"), [("demo", "logicrd"), ("logicrd", "logicrd"), ("rd", "rd"), ("dskd", "dskd")]
+)
+def test_shipped_fit_configs_load(name, method):
+    """Each names its method, and what describes its network can be told apart from how it is trained."""
+    config = load_config(FitConfig, CONFIGS / f"{name}.yaml")
+    assert config.method == method
+    assert config.network().model_dump() == {
+        key: value for key, value in config.model_dump().items() if key in NetworkConfig.model_fields
+    }
+
+
+def test_rd_config_is_the_official_recipe():
+    """hq-deng/RD4AD: 16 pictures of 256 x 256 a step, a constant rate of 0.005, seed 111, the map alone as score."""
+    config = load_config(FitConfig, CONFIGS / "rd.yaml")
+    values = (config.batch_size, config.image_size, config.learning_rate, config.schedule, config.seed, config.width)
+    assert values == (16, 256, 5e-3, "constant", 111, 512)
+    assert not config.mahalanobis
 
 
 def test_shipped_pretrain_config_loads():
@@ -22,6 +37,8 @@ def test_shipped_pretrain_config_loads():
         ("width: wide", "width"),
         ("calibration: {ng_sigma: -1}", r"calibration\.ng_sigma"),
         ("image_size: 100", "image_size"),
+        ("method: rd2", "method"),
+        ("gse: maybe", "gse"),
         ("- 1", "keys and values"),
         ("a: [", "not YAML"),
     ],

@@ -8,8 +8,18 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image as PilImage
 
-from training.data import data_sha256, list_images, open_loco, read_image, to_model_size
+from training.data import (
+    Layout,
+    check_pictures,
+    data_sha256,
+    hold_out,
+    list_images,
+    open_data,
+    read_image,
+    to_model_size,
+)
 from training.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -97,19 +107,147 @@ def test_missing_file_is_named(tmp_path):
         read_image(tmp_path / "none.png")
 
 
-def test_missing_split_is_named(tmp_path):
-    """The error shows the folder that was looked for."""
+def test_folder_without_pictures_says_what_is_expected(tmp_path):
+    """The error shows what would be found."""
     with pytest.raises(DataError, match="train/good"):
-        open_loco(tmp_path)
+        open_data(tmp_path)
+    with pytest.raises(DataError, match="no such folder"):
+        open_data(tmp_path / "none")
 
 
-def test_one_training_picture_is_refused(tmp_path):
-    """One picture has no spread."""
-    for split in ("train/good", "validation/good"):
-        (tmp_path / split).mkdir(parents=True)
-        write(tmp_path / split / "000.png", picture())
-    with pytest.raises(DataError, match="needs two pictures"):
-        open_loco(tmp_path)
+def fill(root: Path, amounts: dict[str, int]) -> Path:
+    """Numbered pictures in sub-folders, no two alike."""
+    for folder, count in amounts.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            write(root / folder / f"{index:03d}.png", np.roll(picture((8, 9, 3)), index + 1))
+    return root
+
+
+LOCO = {"train/good": 4, "validation/good": 3, "test/good": 2, "test/logical_anomalies": 1}
+LOCO_WHOLE = LOCO | {"test/structural_anomalies": 2}
+MVTEC_AD = {"train/good": 11, "test/good": 2, "test/scratch": 2, "test/bent": 1}
+
+
+@pytest.mark.parametrize(
+    ("amounts", "layout", "counts"),
+    [
+        (LOCO_WHOLE, Layout.LOCO, {"good": 2, "logical": 1, "structural": 2}),
+        (LOCO, Layout.LOCO, {"good": 2, "logical": 1}),
+        ({"train/good": 2, "validation/good": 2}, Layout.LOCO, {}),
+        (MVTEC_AD, Layout.MVTEC_AD, {"good": 2, "structural": 3}),
+        ({"train/good": 4}, Layout.MVTEC_AD, {}),
+        ({"good": 10}, Layout.FOLDER, {}),
+        ({".": 4}, Layout.FOLDER, {}),
+        ({"good": 12, "bad": 2, "odd": 1}, Layout.FOLDER, {"good": 2, "structural": 3}),
+        ({".": 12, "bad": 2}, Layout.FOLDER, {"good": 2, "structural": 2}),
+    ],
+)
+def test_layout_is_recognised(tmp_path, amounts, layout, counts):
+    """The folders say which layout it is; no picture is in two splits."""
+    data = open_data(fill(tmp_path, amounts))
+    assert data.layout is layout
+    assert {kind: len(files) for kind, files in data.test.items()} == counts
+    every = [*data.train, *data.validation, *(f for files in data.test.values() for f in files)]
+    assert len(every) == len(set(every)) == sum(amounts.values())
+    assert min(len(data.train), len(data.validation)) >= 2
+
+
+def test_held_out_pictures_are_always_the_same():
+    """Every fifth; of fewer than ten as many as make two; under four there is nothing to split."""
+    files = [Path(f"{index:02d}.png") for index in range(13)]
+    assert [path.stem for path in hold_out(files)[1]] == ["04", "09"]
+    assert [path.stem for path in hold_out(files[:5])[1]] == ["01", "03"]
+    assert hold_out(files[:4]) == ((files[0], files[2]), (files[1], files[3]))
+    with pytest.raises(DataError, match="four or more"):
+        hold_out(files[:3])
+
+
+@pytest.mark.parametrize(
+    ("amounts", "message"),
+    [
+        ({"train/good": 1, "validation/good": 2}, "needs two pictures"),
+        ({"train/good": 2, "validation/good": 1}, "needs two pictures"),
+        ({"train/good": 1}, "cannot be split"),
+        ({"good": 1}, "cannot be split"),
+        ({"train/good": 4, "test/logical_anomalies": 1}, r"validation/good.*no such folder"),
+        ({"train/good": 4, "validation/good": 2, "test/structural_anomalies": 1}, r"test/good.*no such folder"),
+        (LOCO | {"test/scratch": 1}, r"test/scratch.*remove or rename"),
+        ({"train/good": 4, "test/good": 2}, "no anomalies"),
+        ({"good": 9, ".": 1}, "beside good/"),
+        ({"good": 9, "ground_truth": 1}, r"ground_truth.*MVTec"),
+        ({"good": 9, "bad": 0}, r"bad.*no PNG"),
+    ],
+)
+def test_unfit_folder_is_refused(tmp_path, amounts, message):
+    """What is missing, too small or ambiguous is named with its folder."""
+    with pytest.raises(DataError, match=message):
+        open_data(fill(tmp_path, amounts))
+
+
+def test_evaluation_needs_a_test_split(tmp_path):
+    with pytest.raises(DataError, match="no test split"):
+        open_data(fill(tmp_path, {"good": 8}), need_test=True)
+
+
+def test_16_bits_are_refused_with_the_remedy(tmp_path):
+    """Whatever scale were guessed, another camera's pictures would not share it."""
+    path = write(tmp_path / "deep.png", picture((8, 9)).astype(np.uint16) * 257)
+    with pytest.raises(DataError, match=r"deep\.png.*16 bits.*8 bits"):
+        read_image(path)
+
+
+def test_cmyk_is_refused_with_the_remedy(tmp_path):
+    """OpenCV would convert it without a profile."""
+    path = tmp_path / "print.jpg"
+    PilImage.fromarray(picture((16, 16, 4)), mode="CMYK").save(path)
+    with pytest.raises(DataError, match=r"print\.jpg.*CMYK.*RGB"):
+        read_image(path)
+
+
+def test_opaque_alpha_is_dropped_and_transparency_refused(tmp_path):
+    """Some tools write an alpha that says nothing; a real one hides what the line would see."""
+    content = np.dstack([picture((8, 9, 3)), np.full((8, 9), 255, dtype=np.uint8)])
+    assert np.array_equal(read_image(write(tmp_path / "a.png", content)), content[..., 2::-1])
+    content[3, 4, 3] = 254
+    with pytest.raises(DataError, match=r"b\.png.*transparent"):
+        read_image(write(tmp_path / "b.png", content))
+
+
+def test_transparent_palette_is_refused(tmp_path):
+    """A palette hides its transparency in a chunk of its own."""
+    for name, options in (("opaque.png", {}), ("clear.png", {"transparency": 0})):
+        PilImage.fromarray(np.zeros((8, 9), dtype=np.uint8), mode="L").convert("P").save(tmp_path / name, **options)
+    assert read_image(tmp_path / "opaque.png").shape == (8, 9, 3)
+    with pytest.raises(DataError, match=r"clear\.png.*transparent"):
+        read_image(tmp_path / "clear.png")
+
+
+def test_flat_normal_is_refused_and_flat_anomaly_is_not(tmp_path):
+    """A covered lens is an anomaly, and no part to learn from."""
+    data = open_data(fill(tmp_path, LOCO_WHOLE))
+    flat = np.full((8, 9, 3), (1, 2, 3), dtype=np.uint8)
+    write(data.test["logical"][0], flat)
+    check_pictures(data)
+    write(data.validation[1], flat)
+    with pytest.raises(DataError, match=r"validation/good/001\.png.*flat"):
+        check_pictures(data)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_copies_of_one_picture_are_refused(tmp_path, split):
+    data = open_data(fill(tmp_path, LOCO_WHOLE))
+    for path in getattr(data, split):
+        write(path, picture((8, 9, 3)))
+    with pytest.raises(DataError, match=f"{split}/good.*the same one"):
+        check_pictures(data)
+
+
+def test_bad_test_picture_is_found(tmp_path):
+    data = open_data(fill(tmp_path, LOCO_WHOLE))
+    data.test["structural"][1].write_bytes(b"")
+    with pytest.raises(DataError, match=r"structural_anomalies/001\.png"):
+        check_pictures(data)
 
 
 def test_other_files_are_ignored(tmp_path):

@@ -15,11 +15,15 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from training import export as module
 from training import repository
+from training.config import FitConfig
 from training.errors import CheckFailedError, ConfigError, DataError
 from training.export import build_graphs, check_parity, export, fused_graph, load_exported
-from training.graphs import STAGES, TENSORS
-from training.mahalanobis import Statistics, distance
+from training.fit import fit
+from training.mahalanobis import distance
+from training.rd import ReverseDistillation
 from training.repository import Serving, Target, parse_server_version
+from training.stages import STAGES
+from training.teacher import random_teacher
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
 
@@ -52,36 +56,76 @@ def tree(root: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="module")
+def rival_graphs(rivals, graphs):
+    """The graphs of each method."""
+    return {name: graphs if name == "logicrd" else build_graphs(rival) for name, rival in rivals.items()}
+
+
+@pytest.mark.parametrize("method", ["rd", "dskd", "logicrd"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_initialisers_bear_parameter_names_as_fp16(detector, graphs, stage):
+def test_initialisers_bear_parameter_names_as_fp16(rivals, rival_graphs, method, stage):
     """One FP16 initialiser a parameter, with its name, shape and values, and no other weight of any size."""
-    parameters = dict(detector.network.get_submodule(stage).named_parameters())
-    halves = {i.name: i for i in graphs[stage].graph.initializer if i.data_type == TensorProto.FLOAT16}
+    parameters = dict(rivals[method].network.get_submodule(stage).named_parameters())
+    initialisers = rival_graphs[method][stage].graph.initializer
+    halves = {i.name: i for i in initialisers if i.data_type == TensorProto.FLOAT16}
     assert halves.keys() == parameters.keys()
     for name, half in halves.items():
         assert np.array_equal(onnx.numpy_helper.to_array(half), parameters[name].half().numpy())
 
 
+@pytest.mark.parametrize("method", ["rd", "dskd", "logicrd"])
 @pytest.mark.parametrize("batch", [1, 8])
-def test_graphs_score_as_torch(detector, graphs, batch):
+def test_graphs_score_as_torch(rivals, rival_graphs, method, batch):
     """ONNX Runtime on the four stages one after the other, numpy for the rest: within 1e-3 on the fused score."""
+    detector, graphs = rivals[method], rival_graphs[method]
     tensors = {"image": PICTURES[:batch]}
     for stage in STAGES:
         session = ort.InferenceSession(graphs[stage].SerializeToString(), providers=["CPUExecutionProvider"])
-        inputs = {name: tensors[name] for name in TENSORS[stage][0]}
-        tensors |= dict(zip(TENSORS[stage][1], session.run(list(TENSORS[stage][1]), inputs), strict=True))
+        taken, given = detector.network.wiring[stage]
+        assert [o.name for o in session.get_outputs()] == list(given)
+        inputs = {name: tensors[name] for name in taken}
+        tensors |= dict(zip(given, session.run(list(given), inputs), strict=True))
     mahalanobis = distance(detector.statistics, tensors["descriptor"])
     score = detector.description.calibration.fusion.score(tensors["map_score"][:, 0].astype(float), mahalanobis)
     ours = detector.score(PICTURES[:batch])
     assert np.abs(score - ours.score).max() < 1e-3
-    assert np.abs(tensors["anomaly_map"] - ours.anomaly_map).max() < 1e-4
+    assert np.abs(tensors["anomaly_map"] - ours.anomaly_map).max() < 1e-3
 
 
-def test_load_exported_scores_bit_for_bit(detector, models):
-    """The graphs are the only stored weights, and nothing of them is lost."""
-    again = load_exported(models, "tiny-part")
-    assert np.array_equal(again.score(PICTURES).score, detector.score(PICTURES).score)
-    assert again.description == detector.description
+@pytest.mark.parametrize("switch", ["gse", "fcp", "nii"])
+def test_ablated_networks_are_served_too(folder, tmp_path, switch):
+    """A switched-off module takes its tensors with it; parity holds and the export loads again."""
+    config = FitConfig(width=8, image_size=64, batch_size=4, max_steps=1, seed=3).model_copy(update={switch: False})
+    ablated = fit(folder, "tiny-part", random_teacher(0), config, lambda _: None)
+    export(ablated, tmp_path / "models", Serving())
+    again = load_exported(tmp_path / "models", "tiny-part")
+    assert np.array_equal(again.score(PICTURES).map_score, ablated.score(PICTURES).map_score)
+
+
+@pytest.mark.parametrize("method", ["rd", "dskd"])
+def test_rivals_are_served_too(rivals, rival_graphs, method, tmp_path, monkeypatch):
+    """The same five steps, with the tensors of that method; nothing is taken that no step gives."""
+    monkeypatch.setattr(module, "build_graphs", lambda _: rival_graphs[method])
+    manifest = export(rivals[method], tmp_path / "models", Serving())
+    assert (manifest.method, manifest.network.method) == (method, method)
+    text = (tmp_path / "models/tiny-part/config.pbtxt").read_text()
+    known = {"image"}
+    for step in text_format.Parse(text, pb.ModelConfig()).ensemble_scheduling.step:
+        assert set(step.input_map.values()) <= known
+        known |= set(step.output_map.values())
+    again = load_exported(tmp_path / "models", "tiny-part")
+    assert np.array_equal(again.score(PICTURES).map_score, rivals[method].score(PICTURES).map_score)
+
+
+def test_load_exported_scores_as_the_bundle(detector, models):
+    """The graphs are the only stored weights, and nothing of them is lost; statistics are rounded to FP32."""
+    exported = load_exported(models, "tiny-part")
+    again, ours = exported.score(PICTURES), detector.score(PICTURES)
+    assert np.array_equal(again.anomaly_map, ours.anomaly_map)
+    assert np.array_equal(again.map_score, ours.map_score)
+    assert again.score == pytest.approx(ours.score, abs=1e-4)
+    assert exported.description == detector.description
 
 
 def test_fused_graph_equals_the_stages(detector, models):
@@ -118,9 +162,10 @@ def test_configs_parse_back_to_themselves(detector, tmp_path, serving):
 
 def test_old_servers_get_no_field_they_refuse():
     """Only servers as new as the schema get max_inflight_requests."""
-    shapes = repository.tensor_shapes(64, 8, 384)
-    old = repository.ensemble_config("p", "t", shapes, Serving(server_version=(2, 51)))
-    new = repository.ensemble_config("p", "t", shapes, Serving(server_version=(2, 73)))
+    shapes = {"image": (64, 64, 3), "anomaly_map": (16, 16), "score": (1,), "map_score": (1,), "mahalanobis": (1,)}
+    wiring = ReverseDistillation.wiring
+    old = repository.ensemble_config("p", "t", wiring, shapes, Serving(server_version=(2, 51)))
+    new = repository.ensemble_config("p", "t", wiring, shapes, Serving(server_version=(2, 73)))
     assert "max_inflight" not in str(old)
     assert "max_inflight" in str(new)
 
@@ -174,10 +219,10 @@ def test_failed_parity_changes_nothing(detector, graphs, tmp_path, monkeypatch):
 
 def test_nan_fails_parity(detector, graphs):
     """Scores that are not finite are never within tolerance."""
-    broken = Statistics(detector.statistics.mean * np.nan, detector.statistics.whitening)
+    broken = dataclasses.replace(detector.statistics, means=detector.statistics.means * np.nan)
     wrong = dataclasses.replace(detector, statistics=broken)
     with pytest.raises(CheckFailedError):
-        check_parity(wrong, module.joined(graphs))
+        check_parity(wrong, module.joined(graphs, detector.network.wiring))
 
 
 @pytest.mark.usefixtures("quick")

@@ -1,0 +1,78 @@
+"""The state of a run on disk, so that a killed run goes on exactly where it was: weights, optimiser, counters.
+
+One safetensors file, replaced in one step; nothing in it is executed when it is read. Orders of pictures and random
+draws need no state: `fit` derives them from seed and step. Called by `fit`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from training.errors import DataError
+
+FILE = "checkpoint.safetensors"
+_STATE = "state"
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Steps done, seconds of training spent, and the plateau rule's memory; `identity` names settings and data."""
+
+    identity: str
+    step: int
+    spent_s: float
+    best_loss: float
+    looks_left: int
+
+
+def save_checkpoint(folder: Path, network: nn.Module, optimiser: torch.optim.Optimizer, counters: Counters) -> None:
+    """Writes all but the teacher; a kill while writing leaves the previous checkpoint whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"network.{name}": value.contiguous() for name, value in _own(network).items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser.{index}.{name}": value.contiguous() for name, value in state.items()}
+    partial = folder / (FILE + ".partial")
+    fields = {name: getattr(counters, name) for name in Counters.__slots__}
+    save_file(tensors, partial, metadata={_STATE: json.dumps(fields)})
+    partial.replace(folder / FILE)
+
+
+def load_checkpoint(
+    folder: Path, network: nn.Module, optimiser: torch.optim.Optimizer, identity: str
+) -> Counters | None:
+    """Fills network and optimiser and returns the counters, or None where there is no checkpoint.
+
+    Raises DataError for a damaged file and for one of other settings, data or teacher.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            counters = Counters(**json.loads(file.metadata()[_STATE]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"checkpoint '{path}': cannot be used ({error}); remove it to start anew") from error
+    if counters.identity != identity:
+        raise DataError(f"checkpoint '{path}': is of other settings, data or teacher; remove it to start anew")
+    network.load_state_dict(_under("network.", tensors), strict=False)
+    blank = optimiser.state_dict()
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in _under("optimiser.", tensors).items():
+        index, _, field = name.partition(".")
+        state.setdefault(int(index), {})[field] = value
+    optimiser.load_state_dict({"state": state, "param_groups": blank["param_groups"]})
+    return counters
+
+
+def _own(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in network.state_dict().items() if not name.startswith("teacher.")}
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

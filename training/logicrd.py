@@ -1,0 +1,245 @@
+"""LogicRD: reverse distillation with global semantics, gated compensation and standardised levels.
+
+After "LogicRD" (Yang et al., JOCA 2025, 10.11772/j.issn.1001-9081.2025020229), of which only the abstract is public. The
+purposes of the modules are the paper's; every shape, loss and constant is ours. Each module can be switched off; with
+all off it is reverse distillation on standardised levels with normed maps. Built by `methods`; holds no optimiser.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from training.modules.bottleneck import Bottleneck, describe
+from training.modules.decoder import Decoder
+from training.modules.distances import cosine_distance, distillation_loss
+from training.modules.fcp import Compensation
+from training.modules.gse import GlobalSemantics
+from training.modules.maps import NormedMap
+from training.modules.nii import Inhibition
+from training.modules.resnet import Features
+from training.modules.standard import Standardise
+from training.stages import FeatureSource, Parameters, Wiring, run_stages
+from training.teacher import AnyTeacher
+
+# Weight of the global field's own distillation loss.
+GLOBAL_LOSS = 0.5
+# How often the compensation pathway is shut for a picture while training, so that the student can do without it.
+PATHWAY_DROPOUT = 0.1
+# Directions of the normal subspace at levels 2 and 3, as a share of the channels.
+SUBSPACE_SHARE = 0.5
+# Positions of validation normals that the gates' limits are read from, at most.
+MAX_POSITIONS = 1_000_000
+LIMIT_QUANTILES = (0.5, 0.99)
+SETTLE_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Switches:
+    """Which modules take part; the gate needs the pathway."""
+
+    gse: bool = True
+    fcp: bool = True
+    nii: bool = True
+
+
+class Semantics(nn.Module):
+    """Stage `bottleneck`: levels to `embedding`, the global fields where GSE is on, and `descriptor`."""
+
+    def __init__(self, channels: tuple[int, int, int], width: int, image_size: int, switches: Switches) -> None:
+        super().__init__()
+        self.standard = nn.ModuleList(Standardise(c) for c in channels)
+        self.bottleneck = Bottleneck(channels, width)
+        self.gse = GlobalSemantics(channels, width, image_size) if switches.gse else None
+        self.expect = nn.Conv2d(channels[2], channels[2], 1) if switches.gse else None
+
+    def forward(self, f1: Tensor, f2: Tensor, f3: Tensor) -> tuple[Tensor, ...]:
+        """(embedding, descriptor), or with GSE (embedding, g2, g3, expected3, descriptor)."""
+        s1, s2, s3 = (standard(f) for standard, f in zip(self.standard, (f1, f2, f3), strict=True))
+        embedding, _ = self.bottleneck(s1, s2, s3)
+        if self.gse is None or self.expect is None:
+            return embedding, describe(s1, s2, s3)
+        g4, g3, g2, _ = self.gse(s1, s2, s3)
+        return embedding + g4, g2, g3, self.expect(g3), describe(s1, s2, s3)
+
+
+class Student(nn.Module):
+    """Stage `student`: rebuilds the standardised levels from the embedding, the global fields and the gated skips.
+
+    Level l never sees level l of the teacher, only level l + 1 through the gate; d3 sees no skip at all.
+    """
+
+    def __init__(self, channels: tuple[int, int, int], width: int, switches: Switches, takes: tuple[str, ...]) -> None:
+        super().__init__()
+        self.takes = takes
+        self.decoder = Decoder(channels, width)
+        self.heads = nn.ModuleList(nn.Conv2d(c, c, 1) for c in channels)
+        self.skip2 = Skip(channels[1], gated=switches.nii) if switches.fcp else None
+        self.skip3 = Skip(channels[2], gated=switches.nii) if switches.fcp else None
+
+    def forward(self, *tensors: Tensor) -> Features:
+        """Takes the tensors named in `takes`, returns (d1, d2, d3)."""
+        given = dict(zip(self.takes, tensors, strict=True))
+        hidden = self.decoder.stage3(given["embedding"])
+        d3 = self.heads[2](hidden)
+        hidden = self.decoder.stage2(self._enhanced(hidden, d3, given.get("g3"), given.get("f3"), self.skip3))
+        d2 = self.heads[1](hidden)
+        hidden = self.decoder.stage1(self._enhanced(hidden, d2, given.get("g2"), given.get("f2"), self.skip2))
+        return self.heads[0](hidden), d2, d3
+
+    @staticmethod
+    def _enhanced(
+        hidden: Tensor, rebuilt: Tensor, field: Tensor | None, level: Tensor | None, skip: "Skip | None"
+    ) -> Tensor:
+        hidden = hidden if field is None else hidden + field
+        return hidden if skip is None or level is None else hidden + skip(level, rebuilt)
+
+
+class Skip(nn.Module):
+    """A compensation pathway with its gate: the teacher's level and the student's to an addition of that shape."""
+
+    def __init__(self, channels: int, *, gated: bool) -> None:
+        super().__init__()
+        self.standard = Standardise(channels)
+        self.gate = Inhibition(channels, round(SUBSPACE_SHARE * channels)) if gated else None
+        self.compensation = Compensation(channels)
+
+    def forward(self, level: Tensor, rebuilt: Tensor) -> Tensor:
+        """(B, C, h, w) twice to the same shape."""
+        passed = self.standard(level)
+        if self.gate is not None:
+            passed = self.gate(passed, rebuilt)
+        kept = None
+        if self.training:
+            kept = (torch.rand(len(level), 1, 1, 1, device=level.device) >= PATHWAY_DROPOUT).to(level.dtype)
+        return torch.as_tensor(self.compensation(passed, kept))
+
+
+class Comparison(nn.Module):
+    """Stage `map`: one map a level, and with GSE one between level 3 and what the whole picture let expect there."""
+
+    def __init__(self, channels: tuple[int, int, int], image_size: int, maps: int) -> None:
+        super().__init__()
+        self.standard = nn.ModuleList(Standardise(c) for c in channels)
+        self.normed = NormedMap(image_size // 4, maps)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """f1, f2, f3, d1, d2, d3 and perhaps expected3 to anomaly_map (B, side, side) and map_score (B, 1)."""
+        anomaly_map, map_score = self.normed(self.distances(*tensors))
+        return anomaly_map, map_score
+
+    def distances(self, *tensors: Tensor) -> list[Tensor]:
+        """The maps (B, 1, h, w) at the sizes of their levels."""
+        levels = [standard(f) for standard, f in zip(self.standard, tensors[:3], strict=True)]
+        return [cosine_distance(f, d) for f, d in zip((*levels, levels[2]), tensors[3:], strict=False)]
+
+
+class LogicRD(nn.Module):
+    """The four served stages: `teacher` frozen, `bottleneck` and `student` trained, `map` fitted after training."""
+
+    def __init__(self, teacher: AnyTeacher, width: int, image_size: int, switches: Switches) -> None:
+        super().__init__()
+        self.switches = switches
+        self.wiring = wiring_of(switches)
+        channels = teacher.channels
+        self.teacher = teacher.requires_grad_(False)
+        self.bottleneck = Semantics(channels, width, image_size, switches)
+        self.student = Student(channels, width, switches, self.wiring["student"][0])
+        self.map = Comparison(channels, image_size, maps=4 if switches.gse else 3)
+
+    def prepare(self, normals: FeatureSource) -> None:
+        """Fits standardisation and normal subspaces on the training normals."""
+        for index, moments in enumerate(_moments(normals)):
+            mean, second = moments
+            variance = (second.diagonal() - mean.square()).clamp_min(0)
+            skip = (None, self.student.skip2, self.student.skip3)[index]
+            standards = [cast(Standardise, stage.standard[index]) for stage in (self.bottleneck, self.map)]
+            standards += [] if skip is None else [skip.standard]
+            for standard in standards:
+                standard.set_normals(mean.float(), variance.sqrt().float())
+            if skip is not None and skip.gate is not None:
+                scale = standards[0].scale.double().flatten()
+                skip.gate.set_subspace((second - torch.outer(mean, mean)) * torch.outer(scale, scale))
+
+    def parameters_by_rate(self) -> Parameters:
+        """Attention learns at its own rate: the convolutions' rate upsets it."""
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        slow = [p for name, p in trained if name.startswith("bottleneck.gse.")]
+        return {"full": [p for name, p in trained if not name.startswith("bottleneck.gse.")], "attention": slow}
+
+    def loss(self, features: Features) -> Tensor:
+        """Distillation loss on standardised levels, plus the global field's: a scalar from 0 (equal) to 7."""
+        known = run_stages(self, self.wiring, dict(zip(("f1", "f2", "f3"), features, strict=True)), until="student")
+        levels = [standard(f) for standard, f in zip(self.bottleneck.standard, features, strict=True)]
+        loss = distillation_loss(levels, [known[name] for name in ("d1", "d2", "d3")])
+        if "expected3" in known:
+            loss = loss + GLOBAL_LOSS * distillation_loss([levels[2]], [known["expected3"]])
+        return loss
+
+    def settle(self, normals: FeatureSource) -> None:
+        """Fits the gates' limits and then the maps' norms on held-out normals."""
+        if self.switches.nii:
+            self._settle_gates(normals)
+        self._settle_maps(normals)
+
+    def _settle_gates(self, normals: FeatureSource) -> None:
+        # Deep gates first: what they let pass decides what the shallower level rebuilds.
+        for skip, level, rebuilt in ((self.student.skip3, "f3", "d3"), (self.student.skip2, "f2", "d2")):
+            if skip is None or skip.gate is None:
+                continue
+            measures: list[list[Tensor]] = [[], []]
+            for known in self._walk(normals, until="student"):
+                _, residual, agreement = skip.gate.measure(skip.standard(known[level]), known[rebuilt])
+                measures[0].append(residual.flatten())
+                measures[1].append(agreement.flatten())
+            limits = [_limits(torch.cat(seen)) for seen in measures]
+            skip.gate.set_limits(*limits)
+
+    def _settle_maps(self, normals: FeatureSource) -> None:
+        taken = self.wiring["map"][0]
+        walk = self._walk(normals, until="student")
+        self.map.normed.settle(self.map.distances(*(known[name] for name in taken)) for known in walk)
+
+    def _walk(self, normals: FeatureSource, until: str) -> Iterator[dict[str, Tensor]]:
+        for features in normals.features(SETTLE_BATCH):
+            with torch.inference_mode():
+                yield run_stages(self, self.wiring, dict(zip(("f1", "f2", "f3"), features, strict=True)), until)
+
+
+def wiring_of(switches: Switches) -> Wiring:
+    """The stages' tensors; those of a module that is off do not exist."""
+    fields = ("g2", "g3") if switches.gse else ()
+    expected = ("expected3",) if switches.gse else ()
+    skips = ("f2", "f3") if switches.fcp else ()
+    levels = ("f1", "f2", "f3")
+    return {
+        "teacher": (("image",), levels),
+        "bottleneck": (levels, ("embedding", *fields, *expected, "descriptor")),
+        "student": (("embedding", *fields, *skips), ("d1", "d2", "d3")),
+        "map": ((*levels, "d1", "d2", "d3", *expected), ("anomaly_map", "map_score")),
+    }
+
+
+def _moments(normals: FeatureSource) -> list[tuple[Tensor, Tensor]]:
+    """Mean (C,) and mean outer product (C, C) of each level over all pictures and positions, in float64."""
+    sums: list[tuple[Tensor, Tensor]] = []
+    counts = [0, 0, 0]
+    for features in normals.features(SETTLE_BATCH):
+        for index, level in enumerate(features):
+            vectors = level.transpose(0, 1).flatten(1)
+            counts[index] += vectors.shape[1]
+            found = (vectors.sum(dim=1).double(), (vectors @ vectors.t()).double())
+            if index == len(sums):
+                sums.append(found)
+            else:
+                sums[index] = (sums[index][0] + found[0], sums[index][1] + found[1])
+    return [(total / count, outer / count) for (total, outer), count in zip(sums, counts, strict=True)]
+
+
+def _limits(values: Tensor) -> tuple[float, float]:
+    step = max(1, len(values) // MAX_POSITIONS)
+    low, high = np.quantile(values[::step].numpy(), LIMIT_QUANTILES)
+    return float(low), float(high)
