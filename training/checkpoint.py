@@ -60,7 +60,10 @@ def load_checkpoint(
         raise DataError(f"checkpoint '{path}': cannot be used ({error}); remove it to start anew") from error
     if counters.identity != identity:
         raise DataError(f"checkpoint '{path}': is of other settings, data or teacher; remove it to start anew")
-    network.load_state_dict(_under("network.", tensors), strict=False)
+    weights = _under("network.", tensors)
+    if {name: value.shape for name, value in weights.items()} != {n: v.shape for n, v in _own(network).items()}:
+        raise DataError(f"checkpoint '{path}': its weights do not fit this version's network; remove it to start anew")
+    network.load_state_dict(weights, strict=False)
     blank = optimiser.state_dict()
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in _under("optimiser.", tensors).items():

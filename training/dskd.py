@@ -48,7 +48,8 @@ class Condensing(nn.Module):
     def forward(self, embedding: Tensor) -> Tensor:
         """Same shape as the embedding."""
         vector = torch.relu(self.whole(torch.relu(self.reduce(embedding))))
-        return torch.as_tensor(self.refine(torch.relu(self.spread(vector))))
+        spread: Tensor = self.refine(torch.relu(self.spread(vector)))
+        return spread
 
 
 class TwoBottlenecks(nn.Module):

@@ -1,8 +1,8 @@
 """LogicRD: reverse distillation with global semantics, gated compensation and standardised levels.
 
-After "LogicRD" (Yang et al., JOCA 2025, 10.11772/j.issn.1001-9081.2025020229), of which only the abstract is public. The
-purposes of the modules are the paper's; every shape, loss and constant is ours. Each module can be switched off; with
-all off it is reverse distillation on standardised levels with normed maps. Built by `methods`; holds no optimiser.
+After "LogicRD" (Yang et al., JOCA 2025, 10.11772/j.issn.1001-9081.2025020229), of which only the abstract is public:
+what its modules are for is the paper's; every shape, loss and constant is ours. Each module can be switched off; with
+all off this is reverse distillation on standardised levels with normed maps. Built by `methods`; holds no optimiser.
 """
 
 from collections.abc import Iterator
@@ -29,6 +29,8 @@ from training.teacher import AnyTeacher
 GLOBAL_LOSS = 0.5
 # How often the compensation pathway is shut for a picture while training, so that the student can do without it.
 PATHWAY_DROPOUT = 0.1
+# Channels inside the student, as a share of the teacher's.
+HIDDEN_SHARE = 0.75
 # Directions of the normal subspace at levels 2 and 3, as a share of the channels.
 SUBSPACE_SHARE = 0.5
 # Positions of validation normals that the gates' limits are read from, at most.
@@ -53,8 +55,9 @@ class Semantics(nn.Module):
         super().__init__()
         self.standard = nn.ModuleList(Standardise(c) for c in channels)
         self.bottleneck = Bottleneck(channels, width)
-        self.gse = GlobalSemantics(channels, width, image_size) if switches.gse else None
-        self.expect = nn.Conv2d(channels[2], channels[2], 1) if switches.gse else None
+        fields = (*hidden_channels(channels)[1:], width)
+        self.gse = GlobalSemantics(channels, fields, image_size) if switches.gse else None
+        self.expect = nn.Conv2d(fields[1], channels[2], 1) if switches.gse else None
 
     def forward(self, f1: Tensor, f2: Tensor, f3: Tensor) -> tuple[Tensor, ...]:
         """(embedding, descriptor), or with GSE (embedding, g2, g3, expected3, descriptor)."""
@@ -75,10 +78,11 @@ class Student(nn.Module):
     def __init__(self, channels: tuple[int, int, int], width: int, switches: Switches, takes: tuple[str, ...]) -> None:
         super().__init__()
         self.takes = takes
-        self.decoder = Decoder(channels, width)
-        self.heads = nn.ModuleList(nn.Conv2d(c, c, 1) for c in channels)
-        self.skip2 = Skip(channels[1], gated=switches.nii) if switches.fcp else None
-        self.skip3 = Skip(channels[2], gated=switches.nii) if switches.fcp else None
+        hidden = hidden_channels(channels)
+        self.decoder = Decoder(hidden, width)
+        self.heads = nn.ModuleList(nn.Conv2d(h, c, 1) for h, c in zip(hidden, channels, strict=True))
+        self.skip2 = Skip(channels[1], hidden[1], gated=switches.nii) if switches.fcp else None
+        self.skip3 = Skip(channels[2], hidden[2], gated=switches.nii) if switches.fcp else None
 
     def forward(self, *tensors: Tensor) -> Features:
         """Takes the tensors named in `takes`, returns (d1, d2, d3)."""
@@ -99,23 +103,24 @@ class Student(nn.Module):
 
 
 class Skip(nn.Module):
-    """A compensation pathway with its gate: the teacher's level and the student's to an addition of that shape."""
+    """A compensation pathway with its gate: teacher's and student's level to an addition of `hidden` channels."""
 
-    def __init__(self, channels: int, *, gated: bool) -> None:
+    def __init__(self, channels: int, hidden: int, *, gated: bool) -> None:
         super().__init__()
         self.standard = Standardise(channels)
         self.gate = Inhibition(channels, round(SUBSPACE_SHARE * channels)) if gated else None
-        self.compensation = Compensation(channels)
+        self.compensation = Compensation(channels, hidden)
 
     def forward(self, level: Tensor, rebuilt: Tensor) -> Tensor:
-        """(B, C, h, w) twice to the same shape."""
+        """(B, C, h, w) twice to (B, hidden, h, w)."""
         passed = self.standard(level)
         if self.gate is not None:
             passed = self.gate(passed, rebuilt)
         kept = None
         if self.training:
             kept = (torch.rand(len(level), 1, 1, 1, device=level.device) >= PATHWAY_DROPOUT).to(level.dtype)
-        return torch.as_tensor(self.compensation(passed, kept))
+        added: Tensor = self.compensation(passed, kept)
+        return added
 
 
 class Comparison(nn.Module):
@@ -207,6 +212,12 @@ class LogicRD(nn.Module):
         for features in normals.features(SETTLE_BATCH):
             with torch.inference_mode():
                 yield run_stages(self, self.wiring, dict(zip(("f1", "f2", "f3"), features, strict=True)), until)
+
+
+def hidden_channels(channels: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Widths inside the student: narrower than the teacher's levels, which heads widen again. Cheaper, and no copy."""
+    c1, c2, c3 = (round(HIDDEN_SHARE * c) for c in channels)
+    return c1, c2, c3
 
 
 def wiring_of(switches: Switches) -> Wiring:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import svd
 from sklearn.cluster import KMeans
 from sklearn.covariance import ledoit_wolf_shrinkage
 
@@ -99,20 +98,27 @@ def _fit_modes(values: Array, modes: int, seed: int) -> Statistics:
     labels = np.zeros(len(values), dtype=np.intp)
     if modes > 1:
         spread = np.maximum(values.std(axis=0), 1e-12)
-        labels = KMeans(modes, n_init=4, random_state=seed).fit_predict((values - values.mean(axis=0)) / spread)
+        labels = KMeans(modes, n_init=10, random_state=seed).fit_predict((values - values.mean(axis=0)) / spread)
     means = np.stack([values[labels == mode].mean(axis=0) for mode in range(modes)])
     centred = values - means[labels]
     deviation = centred.std(axis=0)
     deviation = np.maximum(deviation, max(DEVIATION_FLOOR * float(np.median(deviation)), 1e-12))
     scaled = centred / deviation
     shrinkage = float(ledoit_wolf_shrinkage(scaled, assume_centered=True))
-    # gesvd: numpy's gesdd gives up on some matrices with many channels that hardly move.
-    _, singular, directions = svd(scaled, full_matrices=False, lapack_driver="gesvd")
-    variances = singular**2 / len(scaled)
+    variances, directions = _principal(scaled)
     level = max(shrinkage * float(variances.sum()) / scaled.shape[1], MIN_OUTER)
-    kept = variances > 1e-9 * variances[0]
-    weights = 1 / ((1 - shrinkage) * variances[kept] + level)
-    return Statistics(means, 1 / deviation, directions[kept], weights, 1 / level)
+    weights = 1 / ((1 - shrinkage) * variances + level)
+    return Statistics(means, 1 / deviation, directions, weights, 1 / level)
+
+
+def _principal(rows: Array) -> tuple[Array, Array]:
+    """Variances (r,) and orthonormal directions (r, D) of centred rows (n, D), through the smaller Gram matrix."""
+    wide = len(rows) < rows.shape[1]
+    values, vectors = np.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
+    kept = values > 1e-9 * values[-1]
+    values, vectors = values[kept], vectors[:, kept]
+    directions = (vectors.T @ rows) / np.sqrt(values)[:, None] if wide else vectors.T
+    return values / len(rows), directions
 
 
 def _log_likelihood(statistics: Statistics, values: Array) -> Array:

@@ -82,6 +82,8 @@ def features_of(teacher: AnyTeacher, images: Tensor) -> Features:
 
 
 def _move_in(partial: Path, place: Path) -> None:
+    if place.is_dir() and not (place / "complete.json").is_file():
+        shutil.rmtree(place)
     try:
         partial.rename(place)
     except OSError:

@@ -14,6 +14,8 @@ from pathlib import Path
 import cv2
 
 PARTS = Path(__file__).with_name("parts")
+# Those that models_repo/ holds a model of.
+PRODUCTS = ("fastener-tray", "cable-set")
 SEED = 20261123
 AMOUNTS = {"good": 32, "logical_anomalies": 16, "structural_anomalies": 16}
 JPEG_QUALITY = 85
@@ -22,16 +24,16 @@ JPEG_QUALITY = 85
 def main() -> int:
     """Render, convert to JPEG, and replace what was there."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [str(Path(sys.executable).with_name("logicrd-train")), "scenes", "--out", scratch, "--product", "all"]
+        command = [str(Path(sys.executable).with_name("logicrd-train")), "scenes", "--out", scratch]
         amounts = ["--train", "2", "--validation", "2", "--test", str(max(AMOUNTS.values())), "--seed", str(SEED)]
-        subprocess.run([*command, *amounts], check=True)
-        for product in sorted(path for path in Path(scratch).iterdir() if path.is_dir()):
-            target = PARTS / product.name
+        for product in PRODUCTS:
+            subprocess.run([*command, "--product", product, *amounts], check=True)
+            target = PARTS / product
             target.mkdir(parents=True, exist_ok=True)
             for old in target.glob("*.jpg"):
                 old.unlink()
             for kind, amount in AMOUNTS.items():
-                for number, path in enumerate(sorted((product / "test" / kind).glob("*.png"))[:amount]):
+                for number, path in enumerate(sorted((Path(scratch) / product / "test" / kind).glob("*.png"))[:amount]):
                     name = f"{kind.removesuffix('_anomalies')}-{number:02d}.jpg"
                     picture = cv2.imread(str(path))
                     if picture is None:

@@ -31,7 +31,8 @@ class Attention(nn.Module):
         key = self.to_key(memory).unflatten(1, (self.heads, -1))
         value = self.to_value(memory).unflatten(1, (self.heads, -1))
         weights = torch.softmax(torch.matmul(query.transpose(2, 3), key) * self.scale, dim=3)
-        return torch.as_tensor(self.to_out(torch.matmul(value, weights.transpose(2, 3)).flatten(1, 2)))
+        read: Tensor = self.to_out(torch.matmul(value, weights.transpose(2, 3)).flatten(1, 2))
+        return read
 
 
 class TokenNorm(nn.Module):
@@ -63,7 +64,8 @@ class Mixer(nn.Module):
         normed = self.norm1(tokens)
         tokens = tokens + self.attention(normed, normed)
         hidden = self.dropout(torch.relu(self.widen(self.norm2(tokens))))
-        return torch.as_tensor(tokens + self.narrow(hidden))
+        mixed: Tensor = tokens + self.narrow(hidden)
+        return mixed
 
 
 def grid_codes(side: int, dim: int) -> Tensor:

@@ -6,19 +6,18 @@ student to rebuild level l, so that no level can be copied onto itself. What flo
 `logicrd`.
 """
 
-import torch
 from torch import Tensor, nn
 
 
 class Compensation(nn.Module):
-    """A gated level of the teacher (B, C, h, w) to an addition for the student at that level, same shape."""
+    """A gated level of the teacher (B, C, h, w) to an addition for the student there (B, hidden, h, w)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        self.project = nn.Conv2d(channels, channels, 1, bias=False)
-        self.norm = nn.BatchNorm2d(channels)
+        self.project = nn.Conv2d(channels, hidden, 1, bias=False)
+        self.norm = nn.BatchNorm2d(hidden)
 
     def forward(self, passed: Tensor, kept: Tensor | None = None) -> Tensor:
         """`kept` (B, 1, 1, 1) of 0 and 1 shuts the pathway for some pictures while training."""
-        added = self.norm(self.project(passed))
-        return torch.as_tensor(added if kept is None else added * kept)
+        added: Tensor = self.norm(self.project(passed))
+        return added if kept is None else added * kept

@@ -17,13 +17,13 @@ from training.modules.attention import Attention, Mixer, TokenNorm, grid_codes
 class GlobalSemantics(nn.Module):
     """f1, f2, f3 (widths c1, c2, c3, strides 4, 8, 16 of an `image_size` picture) to fields and the code.
 
-    Returns (g4 (B, width, H/32, W/32), g3 (B, c3, H/16, W/16), g2 (B, c2, H/8, W/8), code (B, tokens * code)).
+    Returns (g4 at stride 32, g3 at 16, g2 at 8, code (B, tokens * code)); `fields` are the channels of g2, g3, g4.
     """
 
     def __init__(
         self,
         channels: tuple[int, int, int],
-        width: int,
+        fields: tuple[int, int, int],
         image_size: int,
         *,
         dim: int = 128,
@@ -43,9 +43,9 @@ class GlobalSemantics(nn.Module):
         self.mix = nn.Sequential(Mixer(dim, heads, dropout), Mixer(dim, heads, dropout))
         self.squeeze = nn.Sequential(TokenNorm(dim), nn.Conv1d(dim, code, 1))
         self.unsqueeze = nn.Conv1d(code, dim, 1)
-        self.field4 = Field(side // 2, dim, heads, width)
-        self.field3 = Field(side, dim, heads, channels[2])
-        self.field2 = Field(side * 2, dim, heads, channels[1])
+        self.field2 = Field(side * 2, dim, heads, fields[0])
+        self.field3 = Field(side, dim, heads, fields[1])
+        self.field4 = Field(side // 2, dim, heads, fields[2])
 
     def forward(self, f1: Tensor, f2: Tensor, f3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The tensors named above; `code` is what the distance branch may measure."""
@@ -74,4 +74,5 @@ class Field(nn.Module):
     def forward(self, memory: Tensor) -> Tensor:
         """The place decides what is asked, the tokens what is answered."""
         read = self.read(self.places, memory)
-        return torch.as_tensor(self.out(torch.relu(read + self.places)).unflatten(2, (self.side, self.side)))
+        field: Tensor = self.out(torch.relu(read + self.places))
+        return field.unflatten(2, (self.side, self.side))  # type: ignore[no-untyped-call, no-any-return]

@@ -52,7 +52,10 @@ def norms_over_replicas(module: nn.Module) -> None:
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d:
             norm = ReplicaNorm(child.num_features, child.eps, child.momentum)
-            norm.load_state_dict(child.state_dict())
+            # The same tensors, not copies of them: an optimiser holds them already.
+            norm.weight, norm.bias = child.weight, child.bias
+            norm.running_mean, norm.running_var = child.running_mean, child.running_var
+            norm.num_batches_tracked = child.num_batches_tracked
             setattr(module, name, norm)
         else:
             norms_over_replicas(child)

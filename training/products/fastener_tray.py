@@ -11,14 +11,21 @@ import cv2
 import numpy as np
 
 from training.products.damage import scratch, stain
-from training.products.fasteners import AREA, KINDS, SIDE, part
+from training.products.fasteners import AREA, KINDS, SIDE, Look, part
 from training.products.rendered import Defect, Rendered, Saturation
 from training.studio import Canvas, Field, Generator, Lamp, field, rounded_box
 from training.textures import relief
 
 NAME = "fastener-tray"
 BASE = (640, 480)
-COUNTS = {"screw": 3, "nut": 4, "washer": 5, "pin": 2}
+COUNTS = {"screw": 2, "nut": 3, "washer": 4, "pin": 2}
+SCALE = 1.35
+LOOKS = {
+    "screw": Look(SCALE),
+    "nut": Look(SCALE, (206.0, 160.0, 60.0)),
+    "washer": Look(SCALE, (178.0, 66.0, 40.0), gloss=0.5),
+    "pin": Look(SCALE, (44.0, 104.0, 186.0), gloss=0.5),
+}
 # Compartments as (left, top, right, bottom).
 CELLS = {
     "screw": (36, 34, 330, 248),
@@ -27,15 +34,19 @@ CELLS = {
     "pin": (392, 268, 604, 446),
 }
 LOGICAL = (
-    *(f"missing_{kind}" for kind in KINDS),
+    "missing_screw",
+    "missing_washer",
     *(f"extra_{kind}" for kind in KINDS),
     "wrong_kind",
+    "wrong_compartment",
     "swapped_compartments",
 )
+# Kinds whose compartments may be confused: any of the pair fits into the other's.
+CONFUSED = (("nut", "washer"), ("screw", "washer"), ("nut", "pin"))
 STRUCTURAL = ("scratch", "broken_part", "stain", "bent")
 SATURATION = {
-    **{f"{fault}_{kind}": Saturation(AREA[kind], relative=False) for fault in ("missing", "extra") for kind in KINDS},
-    **{name: Saturation(1.0, relative=True) for name in ("wrong_kind", "swapped_compartments", *STRUCTURAL)},
+    **{name: Saturation(round(SCALE**2 * AREA[name.split("_")[1]]), relative=False) for name in LOGICAL[:6]},
+    **{name: Saturation(1.0, relative=True) for name in (*LOGICAL[6:], *STRUCTURAL)},
 }
 
 
@@ -79,8 +90,8 @@ def _tray(lamp: Lamp, generator: Generator) -> Canvas:
     grain = relief("gravel", (height, width), 0.35, generator)
     shade = cv2.GaussianBlur(walls, (0, 0), 9)
     colour = np.array((66, 74, 86), dtype=np.float32) * float(generator.normal(1.0, 0.04))
-    tone = (1 + 0.05 * grain) * (1.05 - 0.3 * shade * (1 - walls)) * (1 + 0.12 * walls)
-    return Canvas(field(tone[..., None] * colour), field(9 * walls + 0.22 * grain), 0.22, lamp)
+    tone = (1 + 0.03 * grain) * (1.05 - 0.3 * shade * (1 - walls)) * (1 + 0.12 * walls)
+    return Canvas(field(tone[..., None] * colour), field(9 * walls + 0.14 * grain), 0.22, lamp)
 
 
 def _contents(defect: str | None, generator: Generator) -> list[_Piece]:
@@ -94,8 +105,11 @@ def _contents(defect: str | None, generator: Generator) -> list[_Piece]:
         cell, other = generator.choice(["nut", "washer", "pin"], size=2, replace=False)
         wanted[str(cell)][-1] = str(other)
     elif defect == "swapped_compartments":
-        first, second = (("nut", "washer"), ("screw", "washer"), ("nut", "pin"))[int(generator.integers(3))]
+        first, second = CONFUSED[int(generator.integers(len(CONFUSED)))]
         wanted[first], wanted[second] = wanted[second], wanted[first]
+    elif defect == "wrong_compartment":
+        cell, other = CONFUSED[int(generator.integers(len(CONFUSED)))]
+        wanted[cell] = [other] * COUNTS[other]
     return [piece for cell, kinds in wanted.items() for piece in _scatter(cell, kinds, generator)]
 
 
@@ -105,7 +119,7 @@ def _scatter(cell: str, kinds: list[str], generator: Generator) -> list[_Piece]:
     while True:
         pieces: list[_Piece] = []
         for kind in kinds:
-            margin = SIDE[kind] / 2 + 2
+            margin = SCALE * SIDE[kind] / 2 + 2
             for _ in range(60):
                 x = float(generator.uniform(left + margin, right - margin))
                 y = float(generator.uniform(top + margin, bottom - margin))
@@ -119,7 +133,7 @@ def _scatter(cell: str, kinds: list[str], generator: Generator) -> list[_Piece]:
 
 def _apart(a: _Piece, b: _Piece) -> bool:
     """Whether the spines of two parts keep a distance: long parts count as three discs along their axis."""
-    near = (_thickness(a.kind) + _thickness(b.kind)) / 2 + 3
+    near = SCALE * (_thickness(a.kind) + _thickness(b.kind)) / 2 + 3
     return all(math.dist(p, q) > near for p in _spine(a) for q in _spine(b))
 
 
@@ -128,7 +142,7 @@ def _thickness(kind: str) -> float:
 
 
 def _spine(piece: _Piece) -> list[tuple[float, float]]:
-    reach = {"screw": 34.0, "nut": 0.0, "washer": 0.0, "pin": 24.0}[piece.kind]
+    reach = SCALE * {"screw": 34.0, "nut": 0.0, "washer": 0.0, "pin": 24.0}[piece.kind]
     steps = (-1.0, -0.5, 0.0, 0.5, 1.0) if reach else (0.0,)
     c, s = math.cos(piece.angle), math.sin(piece.angle)
     return [(piece.x + reach * t * c, piece.y + reach * t * s) for t in steps]
@@ -152,7 +166,7 @@ def _one_of(pieces: list[_Piece], generator: Generator) -> _Piece:
 
 
 def _lay(canvas: Canvas, piece: _Piece, generator: Generator) -> Field:
-    stamp = part(piece.kind, piece.angle, generator, bent=piece.bent, broken=piece.broken)
+    stamp = part(piece.kind, piece.angle, generator, bent=piece.bent, broken=piece.broken, look=LOOKS[piece.kind])
     return canvas.lay(stamp, (piece.x, piece.y), lift=2.0 if piece.kind == "washer" else 4.5)
 
 
@@ -162,7 +176,7 @@ def _logical_mask(defect: str | None, pieces: list[_Piece], covers: list[Field],
     fault, _, kind = (defect or "").partition("_")
     if fault == "missing":
         cells = {kind}
-    elif defect == "swapped_compartments":
+    elif defect in ("swapped_compartments", "wrong_compartment"):
         cells = {p.cell for p in pieces if p.kind != p.cell}
     else:
         cells = set()

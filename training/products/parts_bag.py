@@ -1,7 +1,8 @@
-"""Product `parts-bag`: a clear zip bag with a kit of screws, nuts, washers and wall plugs, lying anyhow.
+"""Product `parts-bag`: a clear zip bag with a kit of screws, nuts, washers and wall plugs, lying anyhow in two pockets.
 
-There are two kits, one with long and one with short screws, else alike: both screws of a kit have one length. Only
-what is in the bag as a whole tells good from bad. Called by `scenes`.
+There are two kits, one with long and one with short screws, else alike: both screws of a kit have one length. Screws
+and plugs belong in the left pocket, nuts and washers in the right one. Only what is in the bag as a whole tells good
+from bad. Called by `scenes`.
 """
 
 import math
@@ -29,28 +30,33 @@ LOOKS = {
 SHAPES = {"long": "screw", "short": "screw", "nut": "nut", "washer": "washer", "plug": "pin"}
 KIT = {"nut": 2, "washer": 2, "plug": 1}
 SCREWS = 2
-# Half sizes of the bag and of the room for parts in it, whose middle lies `ROOM_DOWN` below the bag's.
-HALF_BAG, HALF_ROOM, ROOM_DOWN = (250.0, 212.0), (226.0, 164.0), 22.0
+# Which pocket a kind belongs in: -1 is left, 1 is right.
+POCKETS = {"long": -1, "short": -1, "plug": -1, "nut": 1, "washer": 1}
+# Half sizes of the bag and of the room for parts in each pocket, whose middle lies `ROOM` beside and below the bag's.
+HALF_BAG, HALF_ROOM, ROOM = (250.0, 212.0), (116.0, 164.0), (120.0, 22.0)
 FOIL = np.array((206, 212, 218), dtype=np.float32)
 ZIP_LINES = (-182.0, -168.0)
-ZIPS = ((206.0, 60.0, 56.0), (60.0, 110.0, 200.0), (70.0, 150.0, 84.0))
+ZIP = (206.0, 60.0, 56.0)
 LOGICAL = (
     "missing_screw",
-    "missing_washer",
     *(f"extra_{kind}" for kind in ("screw", "nut", "washer", "plug")),
     "wrong_kind",
     "mixed_kits",
-    "missing_group",
     "doubled_group",
+    "two_kits",
+    "wrong_pocket",
+    "swapped_pockets",
 )
 STRUCTURAL = ("torn_bag", "stain", "broken_part", "bent_screw", "contamination")
 # What a part of a kind covers; of the two screws, the short one.
 AREAS = {"screw": 3590, "nut": 3070, "washer": 3590, "plug": 3110}
 SATURATION = {
-    **{name: Saturation(AREAS[name.split("_")[1]], relative=False) for name in LOGICAL[:6]},
+    **{name: Saturation(AREAS[name.split("_")[1]], relative=False) for name in LOGICAL[:5]},
     "wrong_kind": Saturation(AREAS["nut"], relative=False),
     "mixed_kits": Saturation(AREAS["screw"], relative=False),
-    **{name: Saturation(2 * AREAS["nut"], relative=False) for name in ("missing_group", "doubled_group")},
+    **{name: Saturation(2 * AREAS["nut"], relative=False) for name in ("doubled_group", "two_kits")},
+    "wrong_pocket": Saturation(1.0, relative=True),
+    "swapped_pockets": Saturation(2 * AREAS["nut"], relative=False),
     **{name: Saturation(1.0, relative=True) for name in STRUCTURAL},
 }
 
@@ -61,6 +67,7 @@ class _Piece:
     x: float
     y: float
     angle: float
+    pocket: int
     bent: float = 0.0
     broken: bool = False
 
@@ -80,10 +87,10 @@ def render(defect: str | None, generator: Generator) -> Rendered:
     """One picture of 640 x 480, good or with one defect by name."""
     lamp = Lamp.draw(generator)
     canvas = _ground(lamp, generator)
-    place = (320 + float(generator.uniform(-20, 20)), 240 + float(generator.uniform(-10, 10)))
-    bag = _Bag(place, float(np.clip(generator.normal(0, 0.025), -0.06, 0.06)))
+    place = (320 + float(generator.uniform(-10, 10)), 240 + float(generator.uniform(-6, 6)))
+    bag = _Bag(place, float(np.clip(generator.normal(0, 0.015), -0.04, 0.04)))
     kinds, wrong = _contents(defect, generator)
-    pieces = _damaged(_scatter(kinds, bag, generator), defect, generator)
+    pieces = _damaged(_scatter(_pocketed(kinds, defect, generator), bag, generator), defect, generator)
     covers = [_lay(canvas, piece, generator) for piece in pieces]
     dirt = _dirt(canvas, pieces, defect, generator)
     film = _lay_film(canvas, bag, generator)
@@ -95,14 +102,13 @@ def render(defect: str | None, generator: Generator) -> Rendered:
 
 
 def _ground(lamp: Lamp, generator: Generator) -> Canvas:
-    """A worktop of wood, painted grey or bare."""
+    """A worktop of wood, painted grey."""
     width, height = BASE
     # Grass drawn out to twelve times its length is the grain of wood.
     drawn_out = relief("grass", (height, width // 12), 0.5, generator)
     fibres = cv2.resize(drawn_out, BASE, interpolation=cv2.INTER_CUBIC)
-    base = ((100, 104, 106), (118, 104, 84))[int(generator.integers(2))]
-    colour = np.array(base, dtype=np.float32) * float(generator.normal(1.0, 0.04))
-    tone = 1 + 0.045 * fibres
+    colour = np.array((100, 104, 106), dtype=np.float32) * float(generator.normal(1.0, 0.04))
+    tone = 1 + 0.03 * fibres
     return Canvas(field(tone[..., None] * colour), field(0.06 * fibres), 0.1, lamp)
 
 
@@ -115,9 +121,8 @@ def _contents(defect: str | None, generator: Generator) -> tuple[list[str], tupl
     if defect == "mixed_kits":
         kinds[0] = "short" if length == "long" else "long"
         return kinds, ("long", "short")
-    if defect == "missing_group":
-        gone = str(generator.choice(["nut", "washer"]))
-        return [k for k in kinds if k != gone], ()
+    if defect == "two_kits":
+        return kinds * 2, tuple(set(kinds))
     if defect == "doubled_group":
         twice = str(generator.choice(["nut", "washer"]))
         return kinds + [twice] * KIT[twice], (twice,)
@@ -132,27 +137,44 @@ def _contents(defect: str | None, generator: Generator) -> tuple[list[str], tupl
     return kinds, ()
 
 
-def _scatter(kinds: list[str], bag: _Bag, generator: Generator) -> list[_Piece]:
-    """Places parts anywhere in the bag; they may touch and lie on each other a little."""
+def _pocketed(kinds: list[str], defect: str | None, generator: Generator) -> list[tuple[str, int]]:
+    """Every part with the pocket that it goes into."""
+    pockets = [POCKETS[kind] for kind in kinds]
+    if defect == "swapped_pockets":
+        pockets = [-pocket for pocket in pockets]
+    elif defect == "wrong_pocket":
+        # Long screws would hardly fit beside the rest.
+        astray = int(generator.choice([at for at, kind in enumerate(kinds) if kind not in ("long", "short")]))
+        pockets[astray] = -pockets[astray]
+    return list(zip(kinds, pockets, strict=True))
+
+
+def _scatter(kinds: list[tuple[str, int]], bag: _Bag, generator: Generator) -> list[_Piece]:
+    """Places parts anywhere in their pockets; they may touch and lie on each other a little."""
+    # A bag that is too full holds its parts closer together.
+    near = 47 if len(kinds) < 10 else 30
     while True:
         pieces: list[_Piece] = []
-        for kind in kinds:
+        for kind, pocket in kinds:
             for _ in range(40):
-                piece = _drop(kind, bag, generator)
-                if all(_apart(piece, other) for other in pieces):
+                piece = _drop(kind, pocket, bag, generator)
+                if all(_apart(piece, other, near) for other in pieces):
                     pieces.append(piece)
                     break
         if len(pieces) == len(kinds):
             return pieces
 
 
-def _drop(kind: str, bag: _Bag, generator: Generator) -> _Piece:
-    turn = float(generator.uniform(0, 2 * math.pi))
+def _drop(kind: str, pocket: int, bag: _Bag, generator: Generator) -> _Piece:
     reach = _reach(kind)
-    free = (HALF_ROOM[0] - reach * abs(math.cos(turn)) - 18, HALF_ROOM[1] - reach * abs(math.sin(turn)) - 18)
+    while True:
+        turn = float(generator.uniform(0, 2 * math.pi))
+        free = (HALF_ROOM[0] - reach * abs(math.cos(turn)) - 18, HALF_ROOM[1] - reach * abs(math.sin(turn)) - 18)
+        if min(free) > 0:
+            break
     u, v = (float(generator.uniform(-room, room)) for room in free)
-    x, y = bag.at(u, v + ROOM_DOWN)
-    return _Piece(kind, x, y, turn + bag.angle)
+    x, y = bag.at(u + pocket * ROOM[0], v + ROOM[1])
+    return _Piece(kind, x, y, turn + bag.angle, pocket)
 
 
 def _reach(kind: str) -> float:
@@ -161,8 +183,8 @@ def _reach(kind: str) -> float:
     return look.scale * (SIDE[shape] + look.reach) / 2 - 6
 
 
-def _apart(a: _Piece, b: _Piece) -> bool:
-    return all(math.dist(p, q) > 47 for p in _spine(a) for q in _spine(b))
+def _apart(a: _Piece, b: _Piece, near: float) -> bool:
+    return all(math.dist(p, q) > near for p in _spine(a) for q in _spine(b))
 
 
 def _spine(piece: _Piece) -> list[tuple[float, float]]:
@@ -200,14 +222,16 @@ def _lay_film(canvas: Canvas, bag: _Bag, generator: Generator) -> Field:
     here, u, v = _window(bag)
     outline = field(np.maximum(np.abs(u) - HALF_BAG[0], np.abs(v) - HALF_BAG[1]))
     cover = covered(outline)
-    seam = field(cover * np.clip((outline + 9) / 2, 0, 1))
+    # Welded along the outline and down the middle, below the zip.
+    middle = field(np.maximum(np.abs(u) - 4, ZIP_LINES[1] - v))
+    seam = field(cover * np.maximum(np.clip((outline + 9) / 2, 0, 1), covered(middle)))
     share = 0.1 * cover + 0.22 * seam
     height = cover * _creases(u.shape, generator) + 0.8 * seam
     for line in ZIP_LINES:
         ridge = covered(field(np.maximum(np.abs(u) - HALF_BAG[0] + 6, np.abs(v - line) - 3.5)))
         share = np.maximum(share, 0.85 * ridge)
         height += 2.5 * ridge
-    ink = np.array(ZIPS[int(generator.integers(len(ZIPS)))], dtype=np.float32)
+    ink = np.array(ZIP, dtype=np.float32)
     veil = np.where((np.abs(v - np.mean(ZIP_LINES)) < 12)[..., None] & (share > 0.4)[..., None], ink, FOIL)
     canvas.colour[here] += share[..., None] * (veil - canvas.colour[here])
     canvas.height[here] += height
@@ -236,7 +260,7 @@ def _creases(shape: tuple[int, ...], generator: Generator) -> Field:
     """Soft folds of the foil as heights, most of them across the bag."""
     coarse = generator.standard_normal((11, 6)).astype(np.float32)
     folds = cv2.resize(coarse, (shape[1], shape[0]), interpolation=cv2.INTER_CUBIC)
-    return field(1.1 * np.sqrt(folds**2 + 0.02))
+    return field(0.7 * np.sqrt(folds**2 + 0.02))
 
 
 def _tear(canvas: Canvas, bag: _Bag, film: Field, generator: Generator) -> Field:
@@ -265,6 +289,11 @@ def _masks(defect: str, pieces: list[_Piece], covers: list[Field], film: Field, 
     """All parts of a kind of which there is one too many; the whole bag for a part that is not there."""
     if defect in ("broken_part", "bent_screw"):
         return [covers[0]]
-    shown = [cover for piece, cover in zip(pieces, covers, strict=True) if piece.kind in wrong]
+    astray = defect in ("wrong_pocket", "swapped_pockets")
+    shown = [
+        cover
+        for piece, cover in zip(pieces, covers, strict=True)
+        if piece.kind in wrong or (astray and piece.pocket != POCKETS[piece.kind])
+    ]
     masks = [field(np.max(shown, axis=0))] if shown else []
     return [*masks, film] if defect == "wrong_kind" or not shown else masks

@@ -25,11 +25,11 @@ CORNER = (24.0, 24.0)
 COLOURS = {"yellow": (226.0, 178.0, 36.0), "red": (196.0, 44.0, 40.0), "blue": (40.0, 92.0, 190.0)}
 # Along its axis a pin reaches this far from its middle; half its width; what it covers.
 REACH, HALF_WIDTH, AREA = 46.0, 20.0, 1495
-LOGICAL = ("empty_cell", "two_in_cell", "moved_pin", "two_cells_doubled", "odd_colour", "across_wall")
+LOGICAL = ("empty_cell", "two_in_cell", "moved_pin", "odd_colour", "across_wall")
 STRUCTURAL = ("broken_pin", "bent_pin", "stain", "crack", "scratch", "contamination")
 SATURATION = {
-    **{name: Saturation(AREA, relative=False) for name in LOGICAL[:4]},
-    **{name: Saturation(1.0, relative=True) for name in (*LOGICAL[4:], *STRUCTURAL)},
+    **{name: Saturation(AREA, relative=False) for name in LOGICAL[:3]},
+    **{name: Saturation(1.0, relative=True) for name in (*LOGICAL[3:], *STRUCTURAL)},
 }
 
 
@@ -79,12 +79,10 @@ def _box(lamp: Lamp, offset: tuple[float, float], generator: Generator) -> Canva
 def _contents(defect: str | None, generator: Generator) -> tuple[list[_Pin], list[int]]:
     """The pins, and which compartments or (for `odd_colour`, `across_wall`) which pins bear the defect."""
     colour = str(generator.choice(list(COLOURS)))
-    first, second = _pair(defect, generator)
+    first, second = _neighbours(generator)
     counts = [1] * (ROWS * COLUMNS)
-    if defect in ("two_in_cell", "two_cells_doubled", "moved_pin"):
+    if defect in ("two_in_cell", "moved_pin"):
         counts[first] = 2
-    if defect == "two_cells_doubled":
-        counts[second] = 2
     if defect in ("empty_cell", "moved_pin"):
         counts[first if defect == "empty_cell" else second] = 0
     pins = [pin for cell, count in enumerate(counts) for pin in _scatter(cell, count, colour, generator)]
@@ -96,17 +94,15 @@ def _contents(defect: str | None, generator: Generator) -> tuple[list[_Pin], lis
     elif defect in ("broken_pin", "bent_pin"):
         bent = float(generator.choice([-1, 1]) * generator.uniform(26, 36)) if defect == "bent_pin" else 0.0
         pins[first] = replace(pins[first], bent=bent, broken=defect == "broken_pin")
-    both = defect in ("two_cells_doubled", "moved_pin")
-    return pins, [first, second] if both else [first]
+    return pins, [first, second] if defect == "moved_pin" else [first]
 
 
-def _pair(defect: str | None, generator: Generator) -> tuple[int, int]:
-    """Two compartments: any two where two are doubled, neighbours otherwise."""
+def _neighbours(generator: Generator) -> tuple[int, int]:
+    """Two compartments side by side or one above the other."""
     first = int(generator.integers(ROWS * COLUMNS))
     row, column = divmod(first, COLUMNS)
-    others = [cell for cell in range(ROWS * COLUMNS) if cell != first]
-    if defect != "two_cells_doubled":
-        others = [c for c in others if abs(c // COLUMNS - row) + abs(c % COLUMNS - column) == 1]
+    cells = range(ROWS * COLUMNS)
+    others = [c for c in cells if abs(c // COLUMNS - row) + abs(c % COLUMNS - column) == 1]
     return first, int(generator.choice(others))
 
 

@@ -8,12 +8,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from training.config import FitConfig
 from training.data import DataFolder, open_data
 from training.detector import Detector
 from training.fit import fit
 from training.modules.resnet import Features
+from training.normals import features_of
 from training.teacher import Teacher, random_teacher
 
 SPLITS = {"train/good": 6, "validation/good": 4, "test/good": 3, "test/logical_anomalies": 2}
@@ -94,8 +96,8 @@ def teacher() -> Teacher:
 
 
 @pytest.fixture(scope="session")
-def normals(teacher: Teacher) -> Recorded:
-    """The teacher's levels of 24 pictures that share a ground and differ in a spot's place and in a little noise."""
+def normal_pictures() -> NDArray[np.uint8]:
+    """24 pictures that share a ground and differ in a spot's place and in a little noise."""
     generator = np.random.default_rng(5)
     ground = cv2.resize(generator.integers(60, 200, (8, 8, 3), dtype=np.uint8), (64, 64))
     pictures = []
@@ -103,6 +105,10 @@ def normals(teacher: Teacher) -> Recorded:
         picture = cv2.circle(ground.copy(), tuple(int(v) for v in generator.integers(12, 52, 2)), 7, (220, 40, 40), -1)
         noise = generator.normal(0, 4, picture.shape)
         pictures.append(np.clip(picture + noise, 0, 255).astype(np.uint8))
-    with torch.no_grad():
-        f1, f2, f3 = teacher(torch.from_numpy(np.stack(pictures)))
-    return Recorded((f1, f2, f3))
+    return np.stack(pictures)
+
+
+@pytest.fixture(scope="session")
+def normals(teacher: Teacher, normal_pictures: NDArray[np.uint8]) -> Recorded:
+    """The teacher's levels of `normal_pictures`."""
+    return Recorded(features_of(teacher, torch.from_numpy(normal_pictures)))

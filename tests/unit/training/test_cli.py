@@ -1,17 +1,25 @@
 """The command: exit codes, one-line errors, JSON, from fit to evaluate."""
 
 import json
+import pickle
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import pytest
+from safetensors.torch import save_file
 
 from training import cli
 from training.config import CONFIGS
 from training.pretrain import pretrain
+from training.teacher import random_teacher
+
+GREY = np.full((72, 96, 3), 90)
 
 
 def run(monkeypatch, *arguments: object) -> int:
@@ -29,8 +37,23 @@ def settings(tmp_path):
     return path
 
 
+def refuse_to_train(*_: object) -> None:
+    """Stands in for `fit` where training must not begin."""
+    raise AssertionError("training began")
+
+
+def spoiled_teacher(path: Path) -> None:
+    """A teacher's file with one weight that is not a number."""
+    tensors = dict(random_teacher(0).state_dict())
+    tensors["bn1.weight"][3] = np.nan
+    save_file(tensors, path)
+
+
 def test_fit_export_evaluate(monkeypatch, capsys, loco, tmp_path, settings):
-    """The whole way by commands; evaluate gives one record a picture, equal from bundle and from export."""
+    """The whole way by commands; evaluate gives one record a picture, the same from bundle and from export.
+
+    The export keeps the statistics of the distance branch as FP32, so scores agree to its rounding.
+    """
     bundle, models = tmp_path / "bundle", tmp_path / "models"
     assert run(monkeypatch, "fit", "--data", loco, "--out", bundle, "--config", settings, "--random-teacher", 1) == 0
     assert json.loads(capsys.readouterr().out)["metrics"]["test_images"]["good"] == 3
@@ -40,9 +63,13 @@ def test_fit_export_evaluate(monkeypatch, capsys, loco, tmp_path, settings):
     for model in (bundle, models / "tiny-part"):
         assert run(monkeypatch, "evaluate", "--model", model, "--data", loco, "--json") == 0
         answers.append(json.loads(capsys.readouterr().out))
+    ours, again = (answer.pop("scores") for answer in answers)
     assert answers[0] == answers[1]
-    assert len(answers[0]["scores"]) == 7
-    assert answers[0]["scores"][0].keys() == {"file", "kind", "score", "map_score", "mahalanobis"}
+    assert len(ours) == 7
+    for name in ("score", "map_score", "mahalanobis"):
+        pair = [[record[name] for record in records] for records in (ours, again)]
+        assert pair[0] == pytest.approx(pair[1], rel=1e-5, abs=1e-4)
+    assert ours[0].keys() == {"file", "kind", "score", "map_score", "mahalanobis"}
     assert run(monkeypatch, "evaluate", "--model", models / "tiny-part", "--images", loco / "test/good") == 0
     assert "002.png" in capsys.readouterr().out
     assert run(monkeypatch, "export", "--fused", tmp_path / "f.onnx", "--product", "tiny-part", "--models", models) == 0
@@ -80,6 +107,51 @@ def test_bad_test_picture_is_found_before_training(monkeypatch, capsys, loco, tm
     assert run(monkeypatch, "fit", "--data", data, *arguments) == 3
     assert "001.png" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda files: [path.unlink() for path in files[1:]], "needs two pictures"),
+        (lambda files: [cv2.imwrite(str(path), GREY.astype(np.uint8)) for path in files], "one flat colour"),
+        (lambda files: [shutil.copy(files[0], path) for path in files[1:]], "the same"),
+        (lambda files: cv2.imwrite(str(files[1]), GREY.astype(np.uint16)), "16 bits"),
+        (lambda files: files[1].write_bytes(files[1].read_bytes()[:-20]), "001.png.*cut"),
+    ],
+    ids=["one-picture", "constant", "copies", "sixteen-bits", "truncated"],
+)
+def test_unfit_normals_are_found_before_training(monkeypatch, capsys, loco, tmp_path, settings, split, spoil, message):
+    """One line that names file or folder; not a step is trained and no bundle is begun."""
+    data = shutil.copytree(loco, tmp_path / "data")
+    spoil(sorted((data / split / "good").iterdir()))
+    monkeypatch.setattr(cli, "fit", refuse_to_train)
+    arguments = ["--out", tmp_path / "b", "--config", settings, "--random-teacher", 1, "--product", "tiny-part"]
+    assert run(monkeypatch, "fit", "--data", data, *arguments) == 3
+    answer = capsys.readouterr().err
+    assert re.search(message, answer)
+    assert split in answer
+    assert answer.count("\n") == 1
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("nan.safetensors", spoiled_teacher, "bn1.weight.*not finite"),
+        ("t.pth", lambda path: path.write_bytes(pickle.dumps({"conv1.weight": [1.0]})), "pickles are refused"),
+        ("cut.safetensors", lambda path: path.write_bytes(b"\x08\0\0\0"), "not safetensors"),
+    ],
+)
+def test_unfit_teacher_is_found_before_training(monkeypatch, capsys, loco, tmp_path, settings, name, write, message):
+    """Weights that are not finite, a pickle, half a file: named, and nothing is trained."""
+    write(tmp_path / name)
+    monkeypatch.setattr(cli, "fit", refuse_to_train)
+    arguments = ["--out", tmp_path / "b", "--config", settings, "--teacher", tmp_path / name]
+    assert run(monkeypatch, "fit", "--data", loco, *arguments) == 3
+    answer = capsys.readouterr().err
+    assert re.search(f"{name}.*{message}", answer)
+    assert answer.count("\n") == 1
 
 
 def test_unfit_product_name_is_found_before_training(monkeypatch, capsys, loco, tmp_path):

@@ -123,7 +123,6 @@ def test_the_picture_differs_from_its_good_twin_where_the_mask_is(product, defec
     [
         (pin_grid, "two_in_cell", 1),
         (pin_grid, "moved_pin", 2),
-        (pin_grid, "two_cells_doubled", 2),
         (bottle, "prints_swapped", 2),
         (parts_bag, "wrong_kind", 2),
     ],

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from training.errors import DataError
+from training.errors import ConfigError, DataError
 from training.pretrain import save_teacher
-from training.teacher import load_teacher, random_teacher, weights_sha256
+from training.teacher import empty_teacher, load_teacher, named_teacher, random_teacher, weights_sha256
 
 
 def test_feature_shapes():
@@ -65,3 +65,51 @@ def test_unfit_weights_are_named(tmp_path, change, message):
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(DataError, match=r"none\.safetensors.*no such file"):
         load_teacher(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arch", "channels"), [("mobilenetv3_small_100", (16, 24, 48)), ("efficientnet_b0", (24, 40, 112))]
+)
+def test_timm_backbones_give_levels_at_strides_4_8_16(arch, channels):
+    """Same tensors as our own teacher's, with the backbone's widths."""
+    teacher = random_teacher(0, arch)
+    levels = teacher(torch.zeros(1, 64, 64, 3, dtype=torch.uint8))
+    assert teacher.channels == channels
+    assert [tuple(f.shape) for f in levels] == [
+        (1, c, 64 // s, 64 // s) for c, s in zip(channels, (4, 8, 16), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("prefix", ["body.", ""])
+def test_timm_weights_load_with_and_without_our_prefix(tmp_path, prefix):
+    """Published files know nothing of the wrapper around the backbone."""
+    teacher = random_teacher(1, "mobilenetv3_small_100")
+    tensors = {prefix + name.removeprefix("body."): tensor for name, tensor in teacher.state_dict().items()}
+    save_file(tensors, tmp_path / "m.safetensors")
+    again = load_teacher(tmp_path / "m.safetensors", "mobilenetv3_small_100")
+    assert weights_sha256(again) == weights_sha256(teacher)
+
+
+def test_another_hash_is_refused(tmp_path):
+    """The first digits of the right hash are enough; another's are refused with both."""
+    save_teacher(random_teacher(2), tmp_path / "t.safetensors")
+    found = weights_sha256(load_teacher(tmp_path / "t.safetensors"))
+    load_teacher(tmp_path / "t.safetensors", sha256=found[:8].upper())
+    with pytest.raises(DataError, match=rf"t\.safetensors.*{found}.*expected deadbeef"):
+        load_teacher(tmp_path / "t.safetensors", sha256="deadbeef")
+
+
+@pytest.mark.parametrize("arch", ["no_such_net", "vit_tiny_patch16_224"])
+def test_unfit_backbones_are_refused_by_name(arch):
+    """Unknown ones, and those without levels at strides 4, 8 and 16."""
+    with pytest.raises(ConfigError, match=arch):
+        empty_teacher(arch)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "torchvision/", "other/resnet18", "torchvision/resnet19", "timm/resnet19"]
+)
+def test_unknown_published_names_are_refused(name):
+    """Without a look at the network."""
+    with pytest.raises(ConfigError, match=name):
+        named_teacher(name)
