@@ -21,7 +21,7 @@ PICTURES = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.ui
 
 @pytest.fixture(scope="module", params=["rd", "dskd", "logicrd", "mobilenetv3_small_100"])
 def worn(request):
-    """A network whose norms have seen data, so that folding them in changes every weight; one on a backbone of timm's."""
+    """A network whose norms have seen data, so that folding them changes every weight; one on a backbone of timm's."""
     torch.manual_seed(0)
     arch = request.param if "net" in request.param else "resnet18"
     method = "logicrd" if "net" in request.param else request.param

@@ -96,7 +96,8 @@ def test_graphs_score_as_torch(rivals, rival_graphs, method, batch):
 @pytest.mark.parametrize("switch", ["gse", "fcp"])
 def test_ablated_networks_are_served_too(folder, tmp_path, switch):
     """A switched-off module takes its tensors with it; parity holds and the export loads again."""
-    config = FitConfig(width=8, image_size=64, batch_size=4, max_steps=1, seed=3).model_copy(update={switch: False, "nii": False})
+    changes = {switch: False, "nii": False, "max_steps": 1}
+    config = FitConfig(width=8, image_size=64, batch_size=4, seed=3).model_copy(update=changes)
     ablated = fit(folder, "tiny-part", random_teacher(0), config, lambda _: None)
     export(ablated, tmp_path / "models", Serving())
     again = load_exported(tmp_path / "models", "tiny-part")

@@ -19,7 +19,7 @@ COMBINATIONS = [
     if fcp or not nii
 ]
 LEVELS = ("f1", "f2", "f3")
-STEPS = 30
+STEPS = 50
 
 
 def named(switches: Switches) -> str:
@@ -208,16 +208,37 @@ def following(network: LogicRD, teacher, pictures: np.ndarray, spoilt: np.ndarra
     return found
 
 
+def spoilt_by(spoil, pictures: np.ndarray) -> np.ndarray:
+    return np.stack([spoil(picture, index) for index, picture in enumerate(pictures)])
+
+
 @pytest.mark.parametrize("spoil", [foreign_patch, second_spot])
-def test_gate_stops_the_leak(teacher, whole, without_pathway, normal_pictures, spoil):
-    """With the gate the student follows a defect no more than without the pathway; with the gate forced open it does,
-    so that the measure is not blind."""
+def test_gate_stops_the_leak(teacher, whole, normal_pictures, spoil):
+    """Within one network: of what leaks through the pathway with the gate forced open, the gate stops a third or more.
+
+    What leaks is how much more the student follows the anomaly than with the pathway taken out of the same network.
+    Forced open it leaks much: the measure is not blind.
+    """
     pictures = normal_pictures[16:]
-    spoilt = np.stack([spoil(picture, index) for index, picture in enumerate(pictures)])
-    forced = copy.deepcopy(whole)
+    forced, shut = copy.deepcopy(whole), copy.deepcopy(whole)
     for skip in (forced.student.skip2, forced.student.skip3):
         skip.gate.set_limits((1e3, 1e4), (1e3, 1e4))
-    gated, shut, opened = (following(n, teacher, pictures, spoilt) for n in (whole, without_pathway, forced))
-    for with_gate, without, wide_open in zip(gated, shut, opened, strict=True):
-        assert with_gate <= without + 0.02
-        assert wide_open > with_gate + 0.05
+    shut.student.skip2 = shut.student.skip3 = None
+    spoilt = spoilt_by(spoil, pictures)
+    for gated, closed, opened in zip(
+        *(following(network, teacher, pictures, spoilt) for network in (whole, shut, forced)), strict=True
+    ):
+        assert opened - closed > 0.1
+        assert gated - closed < 2 / 3 * (opened - closed)
+
+
+@pytest.mark.parametrize("spoil", [foreign_patch, second_spot])
+def test_student_follows_no_more_than_without_the_pathway(teacher, whole, without_pathway, normal_pictures, spoil):
+    """Against a network trained without the pathway, mean of levels 1 and 2.
+
+    A coarse check: two trainings of this size differ by about 0.1 in this measure, whatever their modules.
+    """
+    pictures = normal_pictures[16:]
+    spoilt = spoilt_by(spoil, pictures)
+    gated, without = (np.mean(following(n, teacher, pictures, spoilt)) for n in (whole, without_pathway))
+    assert gated <= without + 0.02
