@@ -8,6 +8,7 @@ each network is taken as it is after its last step. Called by `cli`.
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from training.config import CONFIGS, FitConfig, load_config
 from training.data import check_pictures, open_data
-from training.errors import DataError
+from training.errors import DataError, TrainingError
 from training.evaluate import evaluate
 from training.fit import Places, fit
 from training.masks import open_masks
@@ -146,10 +147,15 @@ def run_all(tasks: Sequence[Task], jobs: int, report: Callable[[int, str], None]
         open_masks(folder)
         check_pictures(folder)
     threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for done, result in enumerate(pool.map(partial(run_one, threads=threads), tasks), start=1):
-            results.append(result)
-            report(done, f"{result.product} {result.network} seed {result.seed}")
+    try:
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            for done, result in enumerate(pool.map(partial(run_one, threads=threads), tasks), start=1):
+                results.append(result)
+                report(done, f"{result.product} {result.network} seed {result.seed}")
+    except BrokenProcessPool as error:
+        raise TrainingError(
+            "compare: a run's process died; is memory short? What is done is kept"
+        ) from error
     return results
 
 

@@ -123,6 +123,11 @@ def statistics_arrays(statistics: Statistics) -> dict[str, NDArray[np.float64]]:
     return {name: np.asarray(getattr(statistics, name), dtype=np.float64) for name in ARRAYS}
 
 
+def as_served(statistics: Statistics) -> Statistics:
+    """The statistics at the precision of the server's file, FP32, so that scores are calibrated on what is served."""
+    return statistics_of({name: array.astype(np.float32) for name, array in statistics_arrays(statistics).items()})
+
+
 def statistics_of(arrays: Mapping[str, NDArray[np.floating]]) -> Statistics:
     """The reverse of `statistics_arrays`."""
     means, scale, directions, weights, outer = (np.asarray(arrays[name], dtype=np.float64) for name in ARRAYS)

@@ -26,8 +26,8 @@ from training.calibrate import NormalScores, calibrate
 from training.checkpoint import Counters, load_checkpoint, save_checkpoint
 from training.config import FitConfig
 from training.data import DataFolder, data_sha256
-from training.detector import Description, Detector, deployable, measure
-from training.errors import TrainingError
+from training.detector import Description, Detector, as_served, deployable, measure
+from training.errors import ConfigError, TrainingError
 from training.mahalanobis import distance, fit_statistics
 from training.methods import Network, build
 from training.modules.replicas import norms_over_replicas, replicas
@@ -79,13 +79,17 @@ def fit(
     hashes = (data_sha256((*data.train, *data.validation), data.root), weights_sha256(teacher.cpu()))
     teacher.to(device)
     torch.manual_seed(config.seed)
+    if config.batch_size % replicas():
+        raise ConfigError(f"batch_size {config.batch_size}: does not divide among {replicas()} processes")
     network = build(config, teacher).to(device)
+    # Before hours of training: a backbone that cannot be folded could not be served.
+    deployable(network)
     network.prepare(train)
     identity = hashlib.sha256(json.dumps([config.model_dump(mode="json"), *hashes]).encode()).hexdigest()
     train_network(network, train, validation, config, report, places.checkpoint, identity)
     network.settle(validation)
     served = deployable(network.cpu())
-    statistics = fit_statistics(measure(served, train.images)[2], config.seed)
+    statistics = as_served(fit_statistics(measure(served, train.images)[2], config.seed))
     maps, map_score, descriptors = measure(served, validation.images)
     normals = NormalScores(map_score, distance(statistics, descriptors), maps)
     limits = config.calibration.model_copy(update={} if config.mahalanobis else {"mahalanobis_weight": 0.0})
@@ -256,7 +260,8 @@ def process_group() -> Iterator[bool]:
     if not dist.is_torchelastic_launched():
         yield True
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    # Losses and flags travel on the CPU, gradients where the network is.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield _is_first()
     finally:

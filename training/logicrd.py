@@ -184,6 +184,7 @@ class LogicRD(nn.Module):
             loss = loss + GLOBAL_LOSS * distillation_loss([levels[2]], [known["expected3"]])
         return loss
 
+    @torch.no_grad()
     def settle(self, normals: FeatureSource) -> None:
         """Fits the gates' limits and then the maps' norms on held-out normals."""
         if self.switches.nii:
@@ -211,7 +212,8 @@ class LogicRD(nn.Module):
     def _walk(self, normals: FeatureSource, until: str) -> Iterator[dict[str, Tensor]]:
         for features in normals.features(SETTLE_BATCH):
             with torch.inference_mode():
-                yield run_stages(self, self.wiring, dict(zip(("f1", "f2", "f3"), features, strict=True)), until)
+                known = run_stages(self, self.wiring, dict(zip(("f1", "f2", "f3"), features, strict=True)), until)
+            yield known
 
 
 def hidden_channels(channels: tuple[int, int, int]) -> tuple[int, int, int]:

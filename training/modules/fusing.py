@@ -7,6 +7,8 @@ teacher. Works in place on evaluation copies; called by `detector` before weight
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from training.errors import ConfigError
+
 
 def fuse_batch_norms(module: nn.Module) -> None:
     """Replaces each (convolution, batch norm) pair among the children by (fused convolution, identity), recursively."""
@@ -14,7 +16,8 @@ def fuse_batch_norms(module: nn.Module) -> None:
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d):
             if previous is None or not isinstance(previous[1], nn.Conv2d | nn.ConvTranspose2d):
-                raise TypeError(f"batch norm '{name}' of {type(module).__name__} does not follow a convolution")
+                where = f"batch norm '{name}' of {type(module).__name__}"
+                raise ConfigError(f"network: {where} does not follow a convolution; take another backbone")
             before = previous[1]
             fused = fuse_conv_bn_eval(before, child, transpose=isinstance(before, nn.ConvTranspose2d))
             setattr(module, previous[0], fused)
