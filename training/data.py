@@ -317,7 +317,3 @@ def _jpeg_header(path: Path, raw: bytes) -> Header:
             return Header(height, width, bits, {1: "grey", 3: "rgb"}.get(channels, "cmyk"), alpha=False)
         at += 1 if marker == 0xFF else 2 + length
     raise DataError(f"picture '{path}': the JPEG has no frame header")
-
-
-# Only tests/unit/training/test_scenes.py still says it so; goes when that file has followed.
-open_loco = open_data

@@ -1,6 +1,6 @@
 """Photographs of grounds that scikit-image's wheel carries: brick, grass and gravel, all CC0.
 
-Gives seeded crops as grey relief; never downloads. Called by `scenes` and `pretrain`.
+Gives seeded crops as grey relief; never downloads. Called by the products of `scenes`.
 """
 
 from functools import cache

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from training.data import TEST_KINDS, list_images, open_loco, read_image
+from training.data import TEST_KINDS, list_images, open_data, read_image
 from training.errors import ConfigError, DataError
 from training.products import bottle, cable_set, fastener_tray, parts_bag, pin_grid
 from training.products.fasteners import AREA, Look, part
@@ -40,7 +40,7 @@ def rendered_bottles(tmp_path_factory):
 
 def test_layout_is_mvtec_locos(rendered):
     """All splits are there, in the wanted numbers, as RGB of the product's size."""
-    folder = open_loco(rendered, need_test=True)
+    folder = open_data(rendered, need_test=True)
     assert (len(folder.train), len(folder.validation)) == (2, 2)
     assert {kind: len(files) for kind, files in folder.test.items()} == dict.fromkeys(TEST_KINDS, 2)
     width, height = PRODUCTS[rendered.name].BASE
