@@ -153,9 +153,7 @@ def run_all(tasks: Sequence[Task], jobs: int, report: Callable[[int, str], None]
                 results.append(result)
                 report(done, f"{result.product} {result.network} seed {result.seed}")
     except BrokenProcessPool as error:
-        raise TrainingError(
-            "compare: a run's process died; is memory short? What is done is kept"
-        ) from error
+        raise TrainingError("compare: a run's process died; is memory short? What is done is kept") from error
     return results
 
 
