@@ -324,3 +324,7 @@ def main() -> None:
         raise SystemExit(3) from error
     except KeyboardInterrupt as error:
         raise SystemExit(130) from error
+
+
+if __name__ == "__main__":
+    main()
