@@ -87,10 +87,10 @@ def test_an_ensemble_has_the_tensors_of_the_contract(path):
     assert tensors_of(config.input) == {"image": (TYPE_UINT8, size)}
     scores = dict.fromkeys(("score", "map_score", "mahalanobis"), (TYPE_FP32, [1]))
     assert tensors_of(config.output) == scores | {"anomaly_map": (TYPE_FP32, list(manifest.map_shape))}
-    assert signature_faults(metadata_of(config), manifest) == []
+    assert signature_faults(metadata_of(config, manifest.version), manifest) == []
 
 
-def metadata_of(config):
+def metadata_of(config, version):
     """Give the metadata that Triton would show of a configuration."""
     kinds = {TYPE_FP32: "FP32", TYPE_UINT8: "UINT8"}
 
@@ -100,7 +100,7 @@ def metadata_of(config):
             for tensor in tensors
         ]
 
-    return {"versions": ["1"], "inputs": shown(config.input), "outputs": shown(config.output)}
+    return {"versions": [str(version)], "inputs": shown(config.input), "outputs": shown(config.output)}
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=name_of)

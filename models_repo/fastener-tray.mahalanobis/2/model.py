@@ -15,7 +15,7 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 Array = npt.NDArray[Any]
-ARRAYS = ("mean", "whitening", "fusion")
+ARRAYS = ("means", "scale", "directions", "weights", "outer", "fusion")
 FUSION = ("map_mean", "map_std", "mahalanobis_mean", "mahalanobis_std", "weight")
 
 
@@ -26,14 +26,17 @@ class TritonPythonModel:
         """Loads and checks the statistics; an exception here marks the model as not ready, with its message."""
         path = Path(args["model_repository"]) / args["model_version"] / "statistics.npz"
         with np.load(path, allow_pickle=False) as arrays:
-            self.mean, self.whitening, self.fusion = (checked(path, arrays, name) for name in ARRAYS)
+            held = {name: checked(path, arrays, name) for name in ARRAYS}
             expected = bytes(checked(path, arrays, "sha256"))
-        size = len(self.mean)
-        shapes = (self.mean.shape, self.whitening.shape, self.fusion.shape)
-        if shapes != ((size,), (size, size), (len(FUSION),)):
-            raise ValueError(f"{path}: shapes {shapes} do not belong together; export the product again")
-        if checksum(self.mean, self.whitening, self.fusion) != expected:
+        if checksum(*held.values()) != expected:
             raise ValueError(f"{path}: checksum differs, the file is damaged; export the product again")
+        self.means, self.scale, self.directions, self.weights, self.outer, self.fusion = (
+            array.astype(np.float64) for array in held.values()
+        )
+        self.size, rank = self.means.shape[-1], self.weights.shape[-1]
+        shapes = tuple(array.shape for array in held.values())
+        if shapes != ((len(self.means), self.size), (self.size,), (rank, self.size), (rank,), (), (len(FUSION),)):
+            raise ValueError(f"{path}: shapes {shapes} do not belong together; export the product again")
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order."""
@@ -43,9 +46,9 @@ class TritonPythonModel:
         """Scores one request, or says what is wrong with it."""
         descriptor = pb_utils.get_input_tensor_by_name(request, "descriptor").as_numpy()
         map_score = pb_utils.get_input_tensor_by_name(request, "map_score").as_numpy()
-        if descriptor.shape != (len(descriptor), len(self.mean)) or map_score.shape != (len(descriptor), 1):
+        if descriptor.shape != (len(descriptor), self.size) or map_score.shape != (len(descriptor), 1):
             message = f"descriptor {descriptor.shape} and map_score {map_score.shape}: "
-            message += f"expected (n, {len(self.mean)}) and (n, 1)"
+            message += f"expected (n, {self.size}) and (n, 1)"
             return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(message))
         distance, score = self.measure(descriptor, map_score)
         tensors = [pb_utils.Tensor("mahalanobis", distance), pb_utils.Tensor("score", score)]
@@ -53,12 +56,19 @@ class TritonPythonModel:
 
     def measure(self, descriptor: Array, map_score: Array) -> tuple[Array, Array]:
         """(n, D) and (n, 1) to distance and fused score, (n, 1) FP32 each; the sums run in float64."""
-        centred = descriptor.astype(np.float64) - self.mean
-        distance = np.linalg.norm(centred @ self.whitening.T, axis=1, keepdims=True)
+        squares = [self.squared(descriptor.astype(np.float64) - mean) for mean in self.means]
+        distance = np.sqrt(np.min(squares, axis=0))[:, None]
         map_mean, map_std, mahalanobis_mean, mahalanobis_std, weight = self.fusion
         z_map = (map_score.astype(np.float64) - map_mean) / map_std
         score = z_map + weight * (distance - mahalanobis_mean) / mahalanobis_std
         return distance.astype(np.float32), score.astype(np.float32)
+
+    def squared(self, centred: Array) -> Array:
+        """(n, D) off one mode's mean to squared distances (n,)."""
+        scaled = centred * self.scale
+        inner = scaled @ self.directions.T
+        rest = scaled - inner @ self.directions
+        return np.asarray(inner**2 @ self.weights + self.outer * (rest**2).sum(axis=1))
 
 
 def checked(path: Path, arrays: Mapping[str, Array], name: str) -> Array:
@@ -68,9 +78,9 @@ def checked(path: Path, arrays: Mapping[str, Array], name: str) -> Array:
     return arrays[name]
 
 
-def checksum(mean: Array, whitening: Array, fusion: Array) -> bytes:
-    """sha256 over the float64 bytes of the three arrays."""
+def checksum(*arrays: Array) -> bytes:
+    """sha256 over the bytes of the arrays in the order of ARRAYS."""
     digest = hashlib.sha256()
-    for array in (mean, whitening, fusion):
-        digest.update(np.ascontiguousarray(array, dtype=np.float64).tobytes())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
     return digest.digest()
