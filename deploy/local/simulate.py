@@ -28,11 +28,11 @@ SERVER = Path(__file__).with_name("rtsp_server.py")
 SYSTEM_PYTHON = "/usr/bin/python3"
 KEYFRAME_EVERY = 10
 # No B frames and no lookahead: a frame in is an access unit out. Parameter sets before every keyframe, so that a client
-# may join anywhere.
+# may join anywhere. Rate as of an inspection camera: at crf 18 the noise that models are calibrated on is smoothed away.
 ENCODER = {
     "tune": "zerolatency",
     "preset": "veryfast",
-    "crf": "18",
+    "crf": "10",
     "x264-params": f"keyint={KEYFRAME_EVERY}:min-keyint=1:scenecut=0:bframes=0:repeat-headers=1:threads=1",
 }
 
