@@ -28,7 +28,7 @@ SERVER = Path(__file__).with_name("rtsp_server.py")
 SYSTEM_PYTHON = "/usr/bin/python3"
 KEYFRAME_EVERY = 10
 # No B frames and no lookahead: a frame in is an access unit out. Parameter sets before every keyframe, so that a client
-# may join anywhere. Rate as of an inspection camera: at crf 18 the noise that models are calibrated on is smoothed away.
+# may join anywhere. Near lossless as inspection cameras are: crf 18 smooths away noise that models are calibrated on.
 ENCODER = {
     "tune": "zerolatency",
     "preset": "veryfast",
