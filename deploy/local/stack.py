@@ -153,6 +153,10 @@ def _start_detached(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _stop_process(supervisor.pid, arguments.state_dir)
         raise
+    if not word.startswith('{"state"'):
+        # It has said why it failed and is about to go; who is told of a failed start finds nothing left.
+        with suppress(subprocess.TimeoutExpired):
+            supervisor.wait(STOP_TIMEOUT_S)
     return _conclude_start(arguments, word)
 
 
