@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,14 +18,13 @@ from typing import Annotated
 
 import onnx
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from training.card import summary, write_report
 from training.checkpoint import FILE as CHECKPOINT
 from training.compare import NETWORKS, Equal, product_folders, run_all, tasks_of
-from training.config import CONFIGS, FitConfig, PretrainConfig, check_product_name, load_config
+from training.config import CONFIGS, MAX_SEED, FitConfig, PretrainConfig, changed, check_product_name, load_config
 from training.data import check_pictures, list_images, open_data
 from training.detector import load_bundle, save_bundle
 from training.errors import ConfigError, TrainingError
@@ -49,7 +48,9 @@ Teacher = Annotated[
 ]
 Arch = Annotated[str, typer.Option("--arch", help="Backbone of a weight file: resnet18, or any timm name.")]
 TeacherHash = Annotated[str | None, typer.Option(help="Refuse weights of another hash; first digits are enough.")]
-RandomSeed = Annotated[int | None, typer.Option("--random-teacher", min=0, help="Seed of an untrained teacher.")]
+RandomSeed = Annotated[
+    int | None, typer.Option("--random-teacher", min=0, max=MAX_SEED, help="Seed of an untrained teacher.")
+]
 Folder = Annotated[Path, typer.Option(file_okay=False, help="Folder to write to.")]
 
 
@@ -99,7 +100,7 @@ def fit_command(
 ) -> None:
     """Train on the normals of one product, calibrate, and write a bundle."""
     changes = {"max_steps": steps, "max_minutes": minutes, "image_size": size, "seed": seed}
-    settings = _changed(load_config(FitConfig, config), changes)
+    settings = changed(load_config(FitConfig, config), changes, "fit")
     name = check_product_name(product or data.resolve().name)
     network = _teacher(teacher, arch, teacher_sha256, random_seed)
     folder = open_data(data)
@@ -140,7 +141,7 @@ def pretrain_command(
 ) -> None:
     """Train a teacher from scratch on drawn pictures; no data needed."""
     settings = load_config(PretrainConfig, config)
-    settings = settings if minutes is None else settings.model_copy(update={"minutes": minutes})
+    settings = changed(settings, {"minutes": minutes}, "pretrain")
     with _progress() as bar:
         task = bar.add_task("pretrain", total=1.0, note="")
 
@@ -172,9 +173,11 @@ def compare_command(
 ) -> None:
     """Train and measure LogicRD, its ablations, RD and DSKD on the same terms; resumes, and prints one table."""
     wanted = networks.split(",")
-    unknown = sorted(set(wanted) - set(NETWORKS))
-    if unknown or not all(seed.isdecimal() for seed in seeds.split(",")):
+    drawn = seeds.split(",")
+    if not set(wanted) <= set(NETWORKS) or not all(seed.isdecimal() for seed in drawn):
         raise ConfigError(f"compare: networks are {', '.join(NETWORKS)}; seeds are numbers by comma")
+    if len(set(wanted)) < len(wanted) or len(set(drawn)) < len(drawn):
+        raise ConfigError("compare: a network or a seed stands twice; each is run once")
     network = _teacher(teacher, arch, teacher_sha256, random_seed)
     equal = Equal(
         image_size=size,
@@ -183,7 +186,7 @@ def compare_command(
         teacher_arch=network.arch,
         teacher_sha256=weights_sha256(network),
     )
-    tasks = tasks_of(product_folders(data), out, network, equal, wanted, [int(seed) for seed in seeds.split(",")])
+    tasks = tasks_of(product_folders(data), out, network, equal, wanted, [int(seed) for seed in drawn])
     with _progress() as bar:
         task = bar.add_task("compare", total=len(tasks), note="")
         results = run_all(tasks, jobs, lambda done, note: bar.update(task, completed=done, note=note))
@@ -262,16 +265,6 @@ def _teacher(file: Path | None, arch: str, sha256: str | None, seed: int | None)
     if name.startswith(("torchvision/", "timm/")) and not file.exists():
         return named_teacher(name, sha256)
     return load_teacher(file, arch, sha256)
-
-
-def _changed(settings: FitConfig, changes: Mapping[str, object]) -> FitConfig:
-    """The settings with what the command line says, checked again."""
-    given = {key: value for key, value in changes.items() if value is not None}
-    try:
-        return FitConfig.model_validate(settings.model_dump() | given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"fit: {first['loc'][0]}: {first['msg']}") from error
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from training.config import CONFIGS, FitConfig, load_config
+from training.config import CONFIGS, FitConfig, changed, load_config
 from training.data import check_pictures, open_data
 from training.errors import DataError, TrainingError
 from training.evaluate import evaluate
@@ -135,7 +135,7 @@ def tasks_of(
                     "validate_every": equal.steps,
                     "seed": seed,
                 }
-                tasks.append(Task(folder, out, name, own.model_copy(update=changes), teacher))
+                tasks.append(Task(folder, out, name, changed(own, changes, "compare"), teacher))
     return tasks
 
 
@@ -192,7 +192,10 @@ def run_one(task: Task, threads: int) -> Result:
 def _earlier(path: Path, task: Task) -> Result | None:
     if not path.is_file():
         return None
-    result = Result.model_validate_json(path.read_bytes())
+    try:
+        result = Result.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise DataError(f"compare '{path}': is damaged or of another version; remove it") from error
     if result.config != task.config or result.teacher_sha256 != weights_sha256(task.teacher):
         raise DataError(f"compare '{path}': is of other settings or another teacher; give another --out or remove it")
     return result

@@ -98,3 +98,11 @@ def test_speed_is_measured_for_each_network_and_batch(results):
     speeds = measure_speed(configs, "resnet18", rounds=1)
     assert speeds.keys() == configs.keys()
     assert all(speed.batch_1 > 0 and speed.batch_8 > 0 for speed in speeds.values())
+
+
+def test_a_damaged_result_is_named(tmp_path, tasks):
+    task = compare.Task(tasks[0].data, tmp_path, "rd", tasks[0].config, TEACHER)
+    task.folder.mkdir(parents=True)
+    (task.folder / compare.RESULT).write_text("garbage")
+    with pytest.raises(DataError, match=r"result\.json': is damaged"):
+        compare.run_one(task, 1)
