@@ -18,13 +18,12 @@ from training.modules.decoder import Decoder
 from training.modules.distances import cosine_distance, distillation_loss
 from training.modules.maps import NormedMap
 from training.modules.resnet import Features, ResidualBlock
-from training.stages import FeatureSource, Parameters, Wiring, run_stages
+from training.stages import LEVELS, FeatureSource, Parameters, Wiring, rebuild
 from training.teacher import AnyTeacher
 
 AFFINITY_LOSS = 1.0
 # Channels that the condensed context keeps of the embedding.
 CONDENSED_CHANNELS = 32
-LEVELS = ("f1", "f2", "f3")
 LOCAL, GLOBAL = ("d1", "d2", "d3"), ("e1", "e2", "e3")
 # From the positions of each level to those of level 3.
 POOLS = (4, 2, 1)
@@ -63,8 +62,8 @@ class TwoBottlenecks(nn.Module):
 
     def forward(self, f1: Tensor, f2: Tensor, f3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, width, H/32, W/32) twice, and the descriptor (B, c2 + c3)."""
-        detail, _ = self.local_embedding(f1, f2, f3)
-        context, _ = self.global_embedding(f1, f2, f3)
+        detail = self.local_embedding.embedding(f1, f2, f3)
+        context = self.global_embedding.embedding(f1, f2, f3)
         return detail, self.condense(context), describe(f2, f3)
 
 
@@ -126,7 +125,7 @@ class DualStudent(nn.Module):
 
     def loss(self, features: Features) -> Tensor:
         """Both students' distillation loss plus the affinity loss of the global one."""
-        known = run_stages(self, self.wiring, dict(zip(LEVELS, features, strict=True)), until="student")
+        known = rebuild(self, self.wiring, features)
         local_levels, global_levels = ([known[name] for name in names] for names in (LOCAL, GLOBAL))
         loss = distillation_loss(features, local_levels) + distillation_loss(features, global_levels)
         affinities = affinity_distances(features, global_levels)
@@ -138,7 +137,7 @@ class DualStudent(nn.Module):
 
     @torch.inference_mode()
     def _distances(self, features: Features) -> list[Tensor]:
-        known = run_stages(self, self.wiring, dict(zip(LEVELS, features, strict=True)), until="student")
+        known = rebuild(self, self.wiring, features)
         return self.map.distances(*(known[name] for name in self.wiring["map"][0]))
 
 

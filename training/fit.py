@@ -76,8 +76,7 @@ def fit(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = teacher.to(device)
     train, validation = (_open(files, teacher, config, places) for files in (data.train, data.validation))
-    hashes = (data_sha256((*data.train, *data.validation), data.root), weights_sha256(teacher.cpu()))
-    teacher.to(device)
+    hashes = (data_sha256((*data.train, *data.validation), data.root), weights_sha256(teacher))
     torch.manual_seed(config.seed)
     if config.batch_size % replicas():
         raise ConfigError(f"batch_size {config.batch_size}: does not divide among {replicas()} processes")
@@ -136,7 +135,6 @@ def train_network(
     identity: str = "",
 ) -> None:
     """Fits the trained stages in place until steps, minutes or patience run out; goes on from a checkpoint if any."""
-    torch.manual_seed(config.seed)
     network.to(memory_format=torch.channels_last)
     optimiser = _optimiser(network, config)
     if replicas() > 1:
@@ -187,9 +185,9 @@ def _train_step(
         raise TrainingError(f"step {step + 1}: the loss is {value}; lower learning_rate or check the teacher")
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
-    slow = network.parameters_by_rate().get("attention", [])
-    if slow:
-        nn.utils.clip_grad_norm_(slow, MAX_GRADIENT)
+    for group in optimiser.param_groups:
+        if group["name"] == "attention":
+            nn.utils.clip_grad_norm_(group["params"], MAX_GRADIENT)
     optimiser.step()
     return value
 
@@ -233,7 +231,7 @@ class _Plateau:
 def _optimiser(network: Network, config: FitConfig) -> torch.optim.Adam:
     rates = {"full": config.learning_rate, "attention": config.attention_learning_rate}
     groups = [
-        {"params": parameters, "lr": rates[name], "peak": rates[name]}
+        {"name": name, "params": parameters, "lr": rates[name], "peak": rates[name]}
         for name, parameters in network.parameters_by_rate().items()
         if parameters
     ]

@@ -22,7 +22,7 @@ from training.modules.maps import NormedMap
 from training.modules.nii import Inhibition
 from training.modules.resnet import Features
 from training.modules.standard import Standardise
-from training.stages import FeatureSource, Parameters, Wiring, run_stages
+from training.stages import LEVELS, FeatureSource, Parameters, Wiring, rebuild
 from training.teacher import AnyTeacher
 
 # Weight of the global field's own distillation loss.
@@ -62,7 +62,7 @@ class Semantics(nn.Module):
     def forward(self, f1: Tensor, f2: Tensor, f3: Tensor) -> tuple[Tensor, ...]:
         """(embedding, descriptor), or with GSE (embedding, g2, g3, expected3, descriptor)."""
         s1, s2, s3 = (standard(f) for standard, f in zip(self.standard, (f1, f2, f3), strict=True))
-        embedding, _ = self.bottleneck(s1, s2, s3)
+        embedding = self.bottleneck.embedding(s1, s2, s3)
         if self.gse is None or self.expect is None:
             return embedding, describe(s1, s2, s3)
         g4, g3, g2, _ = self.gse(s1, s2, s3)
@@ -177,7 +177,7 @@ class LogicRD(nn.Module):
 
     def loss(self, features: Features) -> Tensor:
         """Distillation loss on standardised levels, plus the global field's: a scalar from 0 (equal) to 7."""
-        known = run_stages(self, self.wiring, dict(zip(("f1", "f2", "f3"), features, strict=True)), until="student")
+        known = rebuild(self, self.wiring, features)
         levels = [standard(f) for standard, f in zip(self.bottleneck.standard, features, strict=True)]
         loss = distillation_loss(levels, [known[name] for name in ("d1", "d2", "d3")])
         if "expected3" in known:
@@ -197,7 +197,7 @@ class LogicRD(nn.Module):
             if skip is None or skip.gate is None:
                 continue
             measures: list[list[Tensor]] = [[], []]
-            for known in self._walk(normals, until="student"):
+            for known in self._walk(normals):
                 _, residual, agreement = skip.gate.measure(skip.standard(known[level]), known[rebuilt])
                 measures[0].append(residual.flatten())
                 measures[1].append(agreement.flatten())
@@ -206,13 +206,13 @@ class LogicRD(nn.Module):
 
     def _settle_maps(self, normals: FeatureSource) -> None:
         taken = self.wiring["map"][0]
-        walk = self._walk(normals, until="student")
+        walk = self._walk(normals)
         self.map.normed.settle(self.map.distances(*(known[name] for name in taken)) for known in walk)
 
-    def _walk(self, normals: FeatureSource, until: str) -> Iterator[dict[str, Tensor]]:
+    def _walk(self, normals: FeatureSource) -> Iterator[dict[str, Tensor]]:
         for features in normals.features(SETTLE_BATCH):
             with torch.inference_mode():
-                known = run_stages(self, self.wiring, dict(zip(("f1", "f2", "f3"), features, strict=True)), until)
+                known = rebuild(self, self.wiring, features)
             yield known
 
 
@@ -227,12 +227,11 @@ def wiring_of(switches: Switches) -> Wiring:
     fields = ("g2", "g3") if switches.gse else ()
     expected = ("expected3",) if switches.gse else ()
     skips = ("f2", "f3") if switches.fcp else ()
-    levels = ("f1", "f2", "f3")
     return {
-        "teacher": (("image",), levels),
-        "bottleneck": (levels, ("embedding", *fields, *expected, "descriptor")),
+        "teacher": (("image",), LEVELS),
+        "bottleneck": (LEVELS, ("embedding", *fields, *expected, "descriptor")),
         "student": (("embedding", *fields, *skips), ("d1", "d2", "d3")),
-        "map": ((*levels, "d1", "d2", "d3", *expected), ("anomaly_map", "map_score")),
+        "map": ((*LEVELS, "d1", "d2", "d3", *expected), ("anomaly_map", "map_score")),
     }
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from training.data import PREPROCESSING, read_image, to_model_size
 from training.errors import DataError
 from training.modules.resnet import Features
+from training.stages import LEVELS
 from training.teacher import AnyTeacher, weights_sha256
 
-LEVELS = ("f1", "f2", "f3")
 FILL_BATCH = 16
 FLOAT16_LIMIT = 65504.0
 

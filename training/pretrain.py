@@ -19,11 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from training.checkpoint import network_state, read_file, replace_file, restore_optimiser, state_tensors
 from training.config import PretrainConfig
 from training.drawing import COLOURS, KINDS, SURFACES, Drawing, Shape, draw
 from training.errors import DataError, TrainingError
@@ -287,7 +287,7 @@ def save_teacher(teacher: Teacher, path: Path) -> None:
         for name, tensor in teacher.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
-    _replace(path, tensors, {})
+    replace_file(path, tensors, {})
 
 
 def checkpoint_path(out: Path) -> Path:
@@ -297,11 +297,9 @@ def checkpoint_path(out: Path) -> Path:
 
 def save_checkpoint(run: Run, path: Path) -> None:
     """Network, optimiser and progress as one safetensors file, its settings as JSON in the header; never a pickle."""
-    tensors = {f"network.{name}": tensor.contiguous() for name, tensor in run.network.state_dict().items()}
-    for index, state in run.optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{index}.{name}": tensor.contiguous() for name, tensor in state.items()}
+    tensors = state_tensors(run.network.state_dict(), run.optimiser)
     progress = {"step": run.step, "seconds": run.seconds, "loss": run.loss, "config": run.config.model_dump_json()}
-    _replace(path, tensors, {"pretrain": json.dumps(progress)})
+    replace_file(path, tensors, {"pretrain": json.dumps(progress)})
 
 
 def load_checkpoint(run: Run, path: Path) -> None:
@@ -309,9 +307,8 @@ def load_checkpoint(run: Run, path: Path) -> None:
     if not path.is_file():
         raise DataError(f"checkpoint '{path}': no such file; start without --resume")
     try:
-        with safe_open(path, framework="pt") as file:
-            progress = json.loads(file.metadata()["pretrain"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        metadata, tensors = read_file(path)
+        progress = json.loads(metadata["pretrain"])
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise DataError(f"checkpoint '{path}': cannot be read ({error}); start without --resume") from error
     # What may change on the way: the budget and how the machine is used. The rest decides the result.
@@ -320,21 +317,6 @@ def load_checkpoint(run: Run, path: Path) -> None:
         exclude=free
     ):
         raise DataError(f"checkpoint '{path}': taken with other settings; give those or start without --resume")
-    run.network.load_state_dict(_part(tensors, "network."))
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in _part(tensors, "optimiser.").items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    run.optimiser.load_state_dict({**run.optimiser.state_dict(), "state": state})
+    run.network.load_state_dict(network_state(tensors))
+    restore_optimiser(run.optimiser, tensors)
     run.step, run.seconds, run.loss = progress["step"], progress["seconds"], progress["loss"]
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _replace(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata)
-    partial.replace(path)

@@ -14,7 +14,7 @@ from training.modules.decoder import Decoder
 from training.modules.distances import distillation_loss
 from training.modules.maps import SummedMap
 from training.modules.resnet import Features
-from training.stages import FeatureSource, Parameters, Wiring
+from training.stages import LEVELS, FeatureSource, Parameters, Wiring
 from training.teacher import AnyTeacher
 
 
@@ -22,10 +22,10 @@ class ReverseDistillation(nn.Module):
     """The four served stages: `teacher` frozen, `bottleneck` and `student` trained, `map` fixed."""
 
     wiring: ClassVar[Wiring] = {
-        "teacher": (("image",), ("f1", "f2", "f3")),
-        "bottleneck": (("f1", "f2", "f3"), ("embedding", "descriptor")),
+        "teacher": (("image",), LEVELS),
+        "bottleneck": (LEVELS, ("embedding", "descriptor")),
         "student": (("embedding",), ("d1", "d2", "d3")),
-        "map": (("f1", "f2", "f3", "d1", "d2", "d3"), ("anomaly_map", "map_score")),
+        "map": ((*LEVELS, "d1", "d2", "d3"), ("anomaly_map", "map_score")),
     }
 
     def __init__(self, teacher: AnyTeacher, width: int, image_size: int) -> None:
@@ -44,8 +44,7 @@ class ReverseDistillation(nn.Module):
 
     def loss(self, features: Features) -> Tensor:
         """Distillation loss of a batch of the teacher's levels: a scalar from 0 (equal) to 6."""
-        embedding, _ = self.bottleneck(*features)
-        return distillation_loss(features, self.student(embedding))
+        return distillation_loss(features, self.student(self.bottleneck.embedding(*features)))
 
     def settle(self, normals: FeatureSource) -> None:
         """Nothing to fit after training."""

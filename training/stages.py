@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from training.modules.resnet import Features
 from training.teacher import AnyTeacher
 
+LEVELS = ("f1", "f2", "f3")
 STAGES = ("teacher", "bottleneck", "student", "map")
 # Stage to the names of what it takes and what it gives.
 Wiring = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
@@ -44,6 +45,11 @@ class Method(Protocol):
 
     def settle(self, normals: FeatureSource) -> None:
         """Fits what must be known of held-out normals after the last step."""
+
+
+def rebuild(network: nn.Module, wiring: Wiring, features: Features) -> dict[str, Tensor]:
+    """All tensors by name that bottleneck and student make of the teacher's levels, and these with them."""
+    return run_stages(network, wiring, dict(zip(LEVELS, features, strict=True)), until="student")
 
 
 def run_stages(

@@ -24,10 +24,15 @@ class Bottleneck(nn.Module):
 
     def forward(self, f1: Tensor, f2: Tensor, f3: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (embedding, descriptor); the descriptor has c2 + c3 values and no trained weight in its way."""
+        return self.embedding(f1, f2, f3), describe(f2, f3)
+
+    def embedding(self, f1: Tensor, f2: Tensor, f3: Tensor) -> Tensor:
+        """The embedding alone, for a stage that describes the picture in another way."""
         g1 = torch.relu(self.norm1a(self.fuse1a(f1)))
         g1 = torch.relu(self.norm1b(self.fuse1b(g1)))
         g2 = torch.relu(self.norm2(self.fuse2(f2)))
-        return self.embed(torch.cat([g1, g2, f3], dim=1)), describe(f2, f3)
+        embedding: Tensor = self.embed(torch.cat([g1, g2, f3], dim=1))
+        return embedding
 
 
 def describe(*levels: Tensor) -> Tensor:
