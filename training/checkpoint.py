@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from training.errors import DataError
@@ -89,7 +89,8 @@ def replace_file(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     """Writes a safetensors file in one step; a kill while writing leaves the previous one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata=metadata)
+    # Not save_file: it makes files that only their owner can read.
+    partial.write_bytes(save(tensors, metadata=metadata))
     partial.replace(path)
 
 

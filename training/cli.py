@@ -4,6 +4,7 @@ Turns arguments into calls and errors into one line with an exit code; computes 
 stderr the rest; progress bars appear on a terminal only.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -106,9 +107,14 @@ def fit_command(
     folder = open_data(data)
     open_masks(folder)
     check_pictures(folder)
-    if not resume:
-        (out / CHECKPOINT).unlink(missing_ok=True)
-    with process_group() as first, _progress(shown=first) as bar, _logged(log if first else None) as write:
+    with (
+        process_group() as first,
+        _alone(out, first),
+        _progress(shown=first) as bar,
+        _logged(log if first else None) as write,
+    ):
+        if first and not resume:
+            (out / CHECKPOINT).unlink(missing_ok=True)
         task = bar.add_task(f"fit {name}", total=1.0, note="")
 
         def report(now: FitProgress) -> None:
@@ -187,7 +193,7 @@ def compare_command(
         teacher_sha256=weights_sha256(network),
     )
     tasks = tasks_of(product_folders(data), out, network, equal, wanted, [int(seed) for seed in drawn])
-    with _progress() as bar:
+    with _alone(out), _progress() as bar:
         task = bar.add_task("compare", total=len(tasks), note="")
         results = run_all(tasks, jobs, lambda done, note: bar.update(task, completed=done, note=note))
     configs = {result.network: result.config.network() for result in results}
@@ -219,7 +225,12 @@ def evaluate_command(
     answer: dict[str, object] = {"product": detector.description.product}
     lines: list[str] = []
     if data is not None:
-        evaluation = evaluate(detector, open_data(data, need_test=True))
+        folder = open_data(data, need_test=True)
+        for place in (out, maps):
+            if place is not None:
+                # Before minutes of scoring: a folder that cannot be made.
+                place.mkdir(parents=True, exist_ok=True)
+        evaluation = evaluate(detector, folder)
         records = evaluation.records
         answer = evaluation.report.model_dump()
         lines = summary(evaluation.report)
@@ -265,6 +276,21 @@ def _teacher(file: Path | None, arch: str, sha256: str | None, seed: int | None)
     if name.startswith(("torchvision/", "timm/")) and not file.exists():
         return named_teacher(name, sha256)
     return load_teacher(file, arch, sha256)
+
+
+@contextmanager
+def _alone(out: Path, needed: bool = True) -> Iterator[None]:
+    """Holds the folder `out`, so that two runs never write over each other's files."""
+    if not needed:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"--out '{out}': another run writes there; wait, or give another folder") from error
+        yield
 
 
 @contextmanager

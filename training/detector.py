@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from training.calibrate import Calibration
 from training.config import NetworkConfig
@@ -141,7 +141,8 @@ def save_bundle(folder: Path, detector: Detector) -> None:
     tensors = {name: tensor.half().contiguous() for name, tensor in detector.network.state_dict().items()}
     arrays = statistics_arrays(detector.statistics)
     tensors |= {_PREFIX + name: torch.from_numpy(array) for name, array in arrays.items()}
-    save_file(tensors, folder / WEIGHTS)
+    # Not save_file: it makes files that only their owner can read.
+    (folder / WEIGHTS).write_bytes(save(tensors))
     (folder / DESCRIPTION).write_text(detector.description.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 

@@ -29,12 +29,11 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 
 class TritonPythonModel:
-    """One model instance: one process with two sessions over the same graph.
+    """One model instance: one process with one session on all cores, which it holds while it computes.
 
-    A picture alone is run on all cores. A batch is run on one core, beside the stages of other batches: on 2 cores of
-    a virtual machine two stages side by side, one thread each, do more than one stage with two threads, because a
-    sleeping core takes longer to wake than a small convolution to run. Measured alone, ms an image at batch 8: 30 for
-    two single threads, 49 for two threads of one session (32 if they spin, which hurts the other stages).
+    The stages of different batches take turns; what overlaps is computing and copying. On 2 cores of a virtual machine
+    a sleeping core takes longer to wake than a small convolution to run, so the session's threads spin between two
+    operators, and stop with the last one, so that the next stage finds the cores free.
     """
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -42,12 +41,11 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
         threads = config.get("parameters", {}).get("intra_op_thread_count", {}).get("string_value", "")
-        self._alone = _session(path, int(threads) if threads else len(os.sched_getaffinity(0)))
-        self._beside = _session(path, 1)
+        self._session = _session(path, int(threads) if threads else len(os.sched_getaffinity(0)))
         self._input_names = [tensor["name"] for tensor in config["input"]]
         self._output_names = [tensor["name"] for tensor in config["output"]]
         self._batched = int(config["max_batch_size"]) > 0
-        # Held during a run by every session of this server: whole by the one that uses all cores, shared by the others.
+        # Held during a run by one session of this server at a time.
         self._cores = Path(__file__).with_name("cores").open("w")
 
     def execute(self, requests: list[Request]) -> list[Response]:
@@ -75,11 +73,9 @@ class TritonPythonModel:
     def _run(self, group: list[Request]) -> list[Response]:
         """One session run for one or several requests. Inputs of a single request are read in place, without a copy."""
         feeds = {name: _joined(group, name) for name in self._input_names}
-        single = self._batched and sum(self._images(request) for request in group) == 1
-        session = self._alone if single else self._beside
-        fcntl.flock(self._cores, fcntl.LOCK_EX if single else fcntl.LOCK_SH)
+        fcntl.flock(self._cores, fcntl.LOCK_EX)
         try:
-            outputs = session.run(self._output_names, feeds)
+            outputs = self._session.run(self._output_names, feeds)
         except Exception as error:  # noqa: BLE001  top frame: whatever the session says is this request's answer
             answer = pb_utils.InferenceResponse(error=pb_utils.TritonError(f"onnxruntime: {error}"))
             return [answer for _ in group]
@@ -98,13 +94,13 @@ class TritonPythonModel:
 
 
 def _session(path: Path, threads: int) -> ort.InferenceSession:
-    """Open the graph with this many threads, which sleep when idle: those of other sessions need the same cores."""
+    """Open the graph with this many threads, which sleep between two runs: other sessions need the same cores."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     options.log_severity_level = 3
     return ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
