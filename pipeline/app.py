@@ -196,9 +196,9 @@ class Line:
             self._parts.open(frame)
             self.metrics.frame(frame.camera_id)
         if frame.cause is not None:
-            self._results.put(Inference(frame, cause=frame.cause), timeout=1.0)
+            self._to_judge(Inference(frame, cause=frame.cause))
         elif (evicted := self._batcher.put(frame)) is not None:
-            self._results.put(Inference(evicted, cause=Cause.QUEUE_FULL), timeout=1.0)
+            self._to_judge(Inference(evicted, cause=Cause.QUEUE_FULL))
 
     def _announce(self, camera_id: str, state: CameraState, reason: str) -> None:
         self._sink.put(self._encoder.status(camera_id, state, reason, datetime.now(UTC)))
@@ -231,7 +231,7 @@ class Line:
         latest = time.monotonic() + min(self._service_s, self._config.budget_ms / 2e3)
         for frame in frames:
             if frame.deadline_s <= latest:
-                self._results.put(Inference(frame, cause=Cause.DEADLINE), timeout=1.0)
+                self._to_judge(Inference(frame, cause=Cause.DEADLINE))
         return tuple(frame for frame in frames if frame.deadline_s > latest)
 
     def _answered(self, inferences: list[Inference]) -> None:
@@ -241,7 +241,14 @@ class Line:
         if first.sent_s is not None and first.received_s is not None:
             self._service_s += _SERVICE_WEIGHT * (first.received_s - first.sent_s - self._service_s)
         for inference in inferences:
+            self._to_judge(inference)
+
+    def _to_judge(self, inference: Inference) -> None:
+        """Queue an answer or a fault from any thread; one that finds no room is left to its part's deadline."""
+        try:
             self._results.put(inference, timeout=1.0)
+        except queue.Full:
+            log.error("the judge is far behind: a part is left to its deadline", part=inference.frame.part_id)
 
     # Judge thread
 

@@ -39,14 +39,13 @@ from training.repository import Serving, Target, parse_server_version
 from training.scenes import PRODUCTS, Amounts, parse_size, render_scenes
 from training.speed import measure_speed
 from training.table import make_table, markdown
-from training.teacher import ARCH, AnyTeacher, load_teacher, named_teacher, random_teacher, weights_sha256
+from training.teacher import ARCH, SHIPPED, AnyTeacher, load_teacher, named_teacher, random_teacher, weights_sha256
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 DATA_HELP = "Product folder: MVTec LOCO, MVTec AD, or pictures with the good ones in good/."
-Teacher = Annotated[
-    Path | None, typer.Option(help="Weights: a safetensors file, torchvision/<model> or timm/<model>.", dir_okay=False)
-]
+TEACHER_HELP = "Weights: a safetensors file, torchvision/<model> or timm/<model>; the shipped one otherwise."
+Teacher = Annotated[Path | None, typer.Option(help=TEACHER_HELP, dir_okay=False)]
 Arch = Annotated[str, typer.Option("--arch", help="Backbone of a weight file: resnet18, or any timm name.")]
 TeacherHash = Annotated[str | None, typer.Option(help="Refuse weights of another hash; first digits are enough.")]
 RandomSeed = Annotated[
@@ -268,10 +267,13 @@ def export_command(
 
 
 def _teacher(file: Path | None, arch: str, sha256: str | None, seed: int | None) -> AnyTeacher:
-    if (file is None) == (seed is None):
-        raise ConfigError("give either --teacher FILE|NAME or --random-teacher SEED")
-    if file is None:
-        return random_teacher(seed or 0, arch)
+    if file is not None and seed is not None:
+        raise ConfigError(
+            "give either --teacher FILE|NAME or --random-teacher SEED, or neither for the shipped teacher"
+        )
+    if seed is not None:
+        return random_teacher(seed, arch)
+    file = file or SHIPPED
     name = file.as_posix()
     if name.startswith(("torchvision/", "timm/")) and not file.exists():
         return named_teacher(name, sha256)

@@ -22,6 +22,8 @@ from training.errors import ConfigError, DataError
 from training.modules.resnet import Features, ResidualBlock, initialise
 
 ARCH = "resnet18"
+# Pre-trained on drawn pictures; weights/README.md says how.
+SHIPPED = Path(__file__).parent / "weights" / "teacher.safetensors"
 CHANNELS = (64, 128, 256)
 STRIDES = (4, 8, 16)
 # ImageNet mean and deviation in units of a byte: torchvision's weights expect them, our own are trained with them.

@@ -3,7 +3,7 @@
 Starts the embedded stack when it is not up, serves pictures as H.264 over RTSP, runs the real `logicrd run` in a
 process of its own, and counts what reached Kafka with a consumer that never asks the worker. With `--source` and
 `--product` the same line looks at your own camera, video or folder. Run by `make demo`. Exit code 5 when a verdict was
-lost.
+lost; else the worker's own, which says when a camera gave nothing.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ def run(arguments: argparse.Namespace) -> int:
         playlists = make_playlists(folder, int(arguments.seconds * arguments.rate), arguments.seed)
         with simulated_cameras(playlists, arguments.rate, folder) as (cameras, server):
             path = write_line(folder, endpoints, [_rtsp(name, *cameras[name]) for name in cameras])
-            line, events = run_line(path, endpoints, until=lambda: server.poll() is not None, log_level="error")
+            line, events, code = run_line(path, endpoints, until=lambda: server.poll() is not None, log_level="error")
         sent = json.loads((folder / "sent.json").read_text())["cameras"]
     truth = {entry["part_id"]: entry["kind"] for playlist in playlists.values() for entry in playlist}
     expected = [part for camera in sent.values() for part in camera["sent"]]
-    return report(folder, line, events, expected, truth)
+    return report(folder, line, events, expected, truth) or code
 
 
 def own_pictures(arguments: argparse.Namespace, folder: Path, endpoints: dict[str, str]) -> int:
@@ -99,8 +99,8 @@ def own_pictures(arguments: argparse.Namespace, folder: Path, endpoints: dict[st
         raise DemoError(f"SOURCE={source}: no file, no folder, and no rtsp:// address", 3)
     path = write_line(folder, endpoints, [{**camera, "product": product, "station": "station-1"}])
     deadline = time.monotonic() + arguments.seconds
-    line, events = run_line(path, endpoints, until=lambda: time.monotonic() > deadline, log_level="warning")
-    return report(folder, line, events, None, {})
+    line, events, code = run_line(path, endpoints, until=lambda: time.monotonic() > deadline, log_level="warning")
+    return report(folder, line, events, None, {}) or code
 
 
 @contextmanager
@@ -235,8 +235,8 @@ def write_line(folder: Path, endpoints: dict[str, str], cameras: list[dict[str, 
 
 def run_line(
     path: Path, endpoints: dict[str, str], *, until: Callable[[], bool], log_level: str
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Run the worker until its own end or `until()`; gives its summary and the events a consumer received."""
+) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
+    """Run the worker until its own end or `until()`; gives its summary, the events a consumer received, its code."""
     summary_path = path.with_name("worker.json")
     with VerdictReader(Kafka(bootstrap=[endpoints["kafka"]]), start="now") as reader:
         worker = subprocess.Popen(
@@ -255,7 +255,7 @@ def run_line(
         events = [event for event in reader.read_to_end() if (event["key"] or "").startswith(f"{line_name}/")]
     if not summary_path.is_file():
         raise DemoError("the line did not run; the reason is above", code or 1)
-    return json.loads(summary_path.read_text()), events
+    return json.loads(summary_path.read_text()), events, code
 
 
 def report(

@@ -1,6 +1,8 @@
 """The command: exit codes, one-line errors, JSON, from fit to evaluate."""
 
+import fcntl
 import json
+import os
 import pickle
 import re
 import shutil
@@ -15,9 +17,10 @@ import pytest
 from safetensors.torch import save_file
 
 from training import cli
+from training.checkpoint import FILE as CHECKPOINT
 from training.config import CONFIGS
 from training.pretrain import pretrain
-from training.teacher import random_teacher
+from training.teacher import SHIPPED, load_teacher, random_teacher, weights_sha256
 
 GREY = np.full((72, 96, 3), 90)
 
@@ -80,7 +83,8 @@ def test_fit_export_evaluate(monkeypatch, capsys, loco, tmp_path, settings):
     ("arguments", "code", "message"),
     [
         (["fit", "--data", "none", "--out", "b", "--random-teacher", "0"], 3, "train/good"),
-        (["fit", "--data", "none", "--out", "b"], 3, "--teacher"),
+        (["fit", "--data", "none", "--out", "b", "--teacher", "t", "--random-teacher", "0"], 3, "either --teacher"),
+        (["fit", "--data", "none", "--out", "b", "--arch", "resnet34"], 3, "weights/teacher.safetensors"),
         (["fit", "--data", "none", "--out", "b", "--config", "no.yaml"], 3, "no.yaml"),
         (["evaluate", "--model", "none", "--data", "none"], 3, "bundle 'none'"),
         (["evaluate", "--model", "none"], 3, "--images"),
@@ -206,3 +210,44 @@ def test_help_works_from_a_shell():
 
 def test_scores_are_finite(detector):
     assert np.isfinite(detector.score(np.zeros((1, 64, 64, 3), dtype=np.uint8)).score).all()
+
+
+def test_without_a_teacher_the_shipped_one_is_taken(monkeypatch, loco, tmp_path, settings):
+    assert run(monkeypatch, "fit", "--data", loco, "--out", tmp_path / "b", "--config", settings) == 0
+    description = json.loads((tmp_path / "b/bundle.json").read_text())
+    assert description["teacher_sha256"] == weights_sha256(load_teacher(SHIPPED))
+
+
+def test_two_runs_into_one_folder_are_refused(monkeypatch, capsys, loco, tmp_path, settings):
+    """The second names the folder and touches nothing in it; once the first has ended it may run."""
+    out = tmp_path / "b"
+    out.mkdir()
+    arguments = ["fit", "--data", loco, "--out", out, "--config", settings, "--random-teacher", 1]
+    with (out / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (out / CHECKPOINT).write_bytes(b"the first run's")
+        assert run(monkeypatch, *arguments) == 3
+        assert f"--out '{out}': another run writes there" in capsys.readouterr().err
+        assert (out / CHECKPOINT).read_bytes() == b"the first run's"
+    assert run(monkeypatch, *arguments) == 0
+
+
+def test_others_can_read_a_bundle(monkeypatch, loco, tmp_path, settings):
+    """safetensors alone would write files that only their owner can read: no server would load them."""
+    arguments = ["fit", "--data", loco, "--out", tmp_path / "b", "--config", settings, "--random-teacher", 1]
+    old = os.umask(0o022)
+    try:
+        assert run(monkeypatch, *arguments) == 0
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "b").iterdir()} == {0o644}
+
+
+def test_a_report_that_cannot_be_written_costs_no_scoring(monkeypatch, capsys, loco, tmp_path, settings):
+    bundle = tmp_path / "b"
+    assert run(monkeypatch, "fit", "--data", loco, "--out", bundle, "--config", settings, "--random-teacher", 1) == 0
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(cli, "evaluate", refuse_to_train)
+    out = tmp_path / "file/report"
+    assert run(monkeypatch, "evaluate", "--model", bundle, "--data", loco, "--out", out) == 3
+    assert str(out) in capsys.readouterr().err

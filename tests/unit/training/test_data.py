@@ -252,9 +252,16 @@ def test_bad_test_picture_is_found(tmp_path):
 
 def test_other_files_are_ignored(tmp_path):
     """Only pictures count, in the order of their names, whatever the case of the suffix."""
-    for name in ("b.PNG", "a.jpeg", "notes.txt", "c.tiff"):
+    for name in ("b.PNG", "a.jpeg", "notes.txt", "c.txt"):
         (tmp_path / name).write_bytes(b"x")
     assert [path.name for path in list_images(tmp_path)] == ["a.jpeg", "b.PNG"]
+
+
+def test_a_picture_of_another_format_is_refused_by_name(tmp_path):
+    for name in ("a.png", "b.tiff"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=r"b\.tiff': only PNG and JPEG are read"):
+        list_images(tmp_path)
 
 
 def test_data_hash_sees_names_and_bytes(loco):
