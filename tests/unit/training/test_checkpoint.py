@@ -151,12 +151,13 @@ def test_kill_while_writing_leaves_the_last_checkpoint(saved, tmp_path, monkeypa
     """A new one comes in by one rename."""
     before = (tmp_path / FILE).read_bytes()
 
-    def half(_tensors, path, **_) -> None:
-        path.write_bytes(b"half")
+    def half(path, data) -> None:
+        with path.open("wb") as file:
+            file.write(data[: len(data) // 2])
         raise KilledError
 
-    monkeypatch.setattr("training.checkpoint.save_file", half)
-    with pytest.raises(KilledError):
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr("pathlib.Path.write_bytes", half)
         save_checkpoint(tmp_path, *saved, Counters("run", 6, 2.0, 1.0, 2))
     assert (tmp_path / FILE).read_bytes() == before
     assert load_checkpoint(tmp_path, *saved, "run") is not None
