@@ -14,10 +14,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
-from urllib.parse import quote, urlsplit, urlunsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -25,102 +24,24 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from pipeline.cameras import (
+    Block,
+    Camera,
+    FolderCamera,
+    Name,
+    Positive,
+    RtspCamera,
+    VideoCamera,
+    read_secret,
+    without_credentials,
+)
 from pipeline.errors import ConfigError
 
-PRODUCT_PATTERN = r"^[a-z][a-z0-9-]{0,39}$"
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 ENV_PREFIX = "LOGICRD_"
 MODELINE = "# yaml-language-server: $schema="
 
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-Product = Annotated[str, Field(pattern=PRODUCT_PATTERN)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-
-class _Block(BaseModel):
-    """One mapping of the file: closed, immutable, strict about types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class _Camera(_Block):
-    id: Name
-    """Name of the camera, unique on the line; it appears in every event and metric."""
-    product: Product
-    """Which product this camera looks at: the name of an ensemble in the model repository."""
-    station: Name = "station-1"
-    """Station of the line; verdicts are in order within `<line>/<station>`."""
-    queue_frames: Annotated[int, Field(ge=1, le=1000)] = 16
-    """How many frames of this camera may wait for inference."""
-    overflow: Literal["wait", "drop_oldest"] = "drop_oldest"
-    """What a full queue does: `wait` holds the reader back (files), `drop_oldest` gives up the oldest waiting frame,
-    whose part becomes UNINSPECTED with cause `queue_full` (live cameras)."""
-    picture_size: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=2, max_length=2)] | None = None
-    """Width and height that every picture must have; another size is `frame_corrupt`. Unset: any size is resized."""
-
-
-class RtspCamera(_Camera):
-    """An RTSP stream, read over TCP."""
-
-    type: Literal["rtsp"]
-    url: Annotated[str, Field(pattern=r"^rtsps?://")]
-    """Address without credentials, `rtsp://host:554/path`."""
-    user: str = ""
-    """User name, when the camera asks for one."""
-    password_file: Path | None = None
-    """File that holds the camera's password, and nothing else."""
-    connect_timeout_s: Positive = 5.0
-    """Longest wait for the camera to answer."""
-    read_timeout_s: Positive = 3.0
-    """Longest silence before the stream counts as lost and is opened anew."""
-    retry_max_s: Positive = 15.0
-    """Longest pause between two attempts; pauses double from 0.5 s."""
-
-    @field_validator("url")
-    @classmethod
-    def _no_credentials(cls, url: str) -> str:
-        return _without_credentials(url)
-
-    def address(self) -> str:
-        """Give the address with credentials, to be handed to the decoder and to nothing else."""
-        if not self.user:
-            return self.url
-        parts = urlsplit(self.url)
-        password = read_secret(self.password_file).get_secret_value() if self.password_file else ""
-        netloc = f"{quote(self.user, safe='')}:{quote(password, safe='')}@{parts.netloc}"
-        return urlunsplit(parts._replace(netloc=netloc))
-
-
-class _Paced(_Camera):
-    queue_frames: Annotated[int, Field(ge=1, le=1000)] = 8
-    """How many pictures may wait for inference."""
-    overflow: Literal["wait", "drop_oldest"] = "wait"
-    """What a full queue does: `wait` holds the reader back, `drop_oldest` gives up the oldest waiting picture, whose
-    part becomes UNINSPECTED with cause `queue_full`."""
-    path: Path
-    """File or folder to read."""
-    rate: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 0.0
-    """Pictures a second; 0 reads as fast as the line takes them."""
-    loop: bool = False
-    """Start over at the end."""
-
-
-class VideoCamera(_Paced):
-    """A video file."""
-
-    type: Literal["video"]
-
-
-class FolderCamera(_Paced):
-    """A folder of PNG, JPEG, BMP, TIFF or WebP pictures, read in the order of their names."""
-
-    type: Literal["folder"]
-
-
-Camera = Annotated[RtspCamera | VideoCamera | FolderCamera, Field(discriminator="type")]
-
-
-class Triton(_Block):
+class Triton(Block):
     """The inference server."""
 
     address: str = "127.0.0.1:18001"
@@ -133,10 +54,10 @@ class Triton(_Block):
     """How long the start waits for the server to be ready."""
 
 
-class Kafka(_Block):
+class Kafka(Block):
     """Where verdicts go."""
 
-    bootstrap: Annotated[list[str], Field(min_length=1)] = ["127.0.0.1:19092"]
+    bootstrap: Annotated[list[str], Field(min_length=1)] = Field(default=["127.0.0.1:19092"])
     """Brokers, `host:port` each."""
     topic_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")] = "inspection"
     """Topics are `<prefix>.verdict.v1`, `<prefix>.view.v1`, `<prefix>.status.v1`."""
@@ -150,7 +71,7 @@ class Kafka(_Block):
     """How long the end of a run waits for the last acknowledgements."""
 
 
-class Redis(_Block):
+class Redis(Block):
     """Where thresholds live."""
 
     url: Annotated[str, Field(pattern=r"^(redis|rediss|unix)://")] = "redis://127.0.0.1:16379/0"
@@ -161,7 +82,7 @@ class Redis(_Block):
     @field_validator("url")
     @classmethod
     def _no_credentials(cls, url: str) -> str:
-        return _without_credentials(url)
+        return without_credentials(url)
 
     refresh_s: Positive = 30.0
     """How often thresholds are read again, whether or not a change was announced."""
@@ -169,7 +90,7 @@ class Redis(_Block):
     """File for the last known good thresholds: used when Redis is down at start."""
 
 
-class Batching(_Block):
+class Batching(Block):
     """How frames are gathered into requests."""
 
     max_size: Annotated[int, Field(ge=1, le=64)] = 8
@@ -178,7 +99,7 @@ class Batching(_Block):
     """Longest time a frame waits for others to join it while the server is free."""
 
 
-class Evidence(_Block):
+class Evidence(Block):
     """Pictures kept for review."""
 
     dir: Path | None = None
@@ -189,7 +110,7 @@ class Evidence(_Block):
     """The oldest pictures are removed beyond this number."""
 
 
-class Monitoring(_Block):
+class Monitoring(Block):
     """What ops look at."""
 
     port: Annotated[int, Field(ge=0, le=65535)] | None = None
@@ -267,12 +188,6 @@ class LineConfig(BaseSettings):
         return list(dict.fromkeys(camera.product for camera in self.cameras))
 
 
-def _without_credentials(url: str) -> str:
-    if "@" in urlsplit(url).netloc:
-        raise ValueError("credentials do not belong in the address: use `password_file`")
-    return url
-
-
 def load(path: Path) -> LineConfig:
     """Read and check a line file.
 
@@ -303,14 +218,6 @@ def schema() -> dict[str, Any]:
     document = LineConfig.model_json_schema()
     document["$schema"] = "http://json-schema.org/draft-07/schema#"
     return cast(dict[str, Any], _rename_definitions(document))
-
-
-def read_secret(path: Path) -> SecretStr:
-    """Read a secret from its file, without the newline that editors leave. Raises ConfigError."""
-    try:
-        return SecretStr(path.read_text(encoding="utf-8").strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"secret file {path} cannot be read: {error}", hint="check the path and its mode") from None
 
 
 def without_colour() -> bool:

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 import structlog
 
-from pipeline.config import Camera, RtspCamera
+from pipeline.cameras import Camera, RtspCamera
 from pipeline.errors import FrameError, SourceError
 from pipeline.health import Health
 from pipeline.metrics import Metrics

@@ -22,8 +22,8 @@ import structlog
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from pipeline.cameras import read_secret
 from pipeline.config import Redis as RedisSettings
-from pipeline.config import read_secret
 from pipeline.errors import CheckError, ConfigError, DependencyError
 from pipeline.health import Health
 from pipeline.manifest import Manifest

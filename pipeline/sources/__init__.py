@@ -9,7 +9,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Protocol
 
-from pipeline.config import Camera, FolderCamera, RtspCamera
+from pipeline.cameras import Camera, FolderCamera, RtspCamera
 from pipeline.sources.files import FolderSource, open_video
 from pipeline.sources.rtsp import open_rtsp
 from pipeline.types import Picture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.config import RtspCamera
+from pipeline.cameras import RtspCamera
 from pipeline.sources.stream import StreamSource
 
 # A short probe: cameras send their parameter sets in the SDP, and every probed packet is latency at start. Never

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.config import FolderCamera, RtspCamera
+from pipeline.cameras import FolderCamera, RtspCamera
 from pipeline.health import Health
 from pipeline.ingest import CameraReader, Handover, to_model_size
 from pipeline.metrics import Metrics

@@ -156,8 +156,9 @@ def test_kill_while_writing_leaves_the_last_checkpoint(saved, tmp_path, monkeypa
             file.write(data[: len(data) // 2])
         raise KilledError
 
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
+    with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.write_bytes", half)
-        save_checkpoint(tmp_path, *saved, Counters("run", 6, 2.0, 1.0, 2))
+        with pytest.raises(KilledError):
+            save_checkpoint(tmp_path, *saved, Counters("run", 6, 2.0, 1.0, 2))
     assert (tmp_path / FILE).read_bytes() == before
     assert load_checkpoint(tmp_path, *saved, "run") is not None
