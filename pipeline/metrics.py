@@ -6,7 +6,6 @@ frame id and no error text ever becomes a label.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import Counter as Tally
 from collections import deque
@@ -156,9 +155,8 @@ class Metrics:
 
     def triton_replica_left(self, replica: str) -> None:
         """Forget the counts of a replica that has left, so that a restart of pods does not add series for ever."""
-        for counter in (self._triton_requests, self._triton_failures):
-            with contextlib.suppress(KeyError):
-                counter.remove(replica)
+        self._triton_requests.remove(replica)
+        self._triton_failures.remove(replica)
 
     def late(self) -> None:
         """Count an answer that came after its part's verdict had gone out."""

@@ -155,6 +155,8 @@ class ReplicaPool:
 
     def _take_addresses(self, addresses: list[str]) -> None:
         with self._changed:
+            if self._stop.is_set():  # a look-up that outlasted the end: nobody would close its channels
+                return
             joined, left = self._balance.see(addresses)
             for replica in joined:
                 self._clients[replica] = InferenceServerClient(replica.address, channel_args=CHANNEL)

@@ -307,3 +307,17 @@ def test_check_names_each_replica_and_what_it_serves(stack, second, line_file, p
     version = read_manifest(MODELS, PRODUCT).version
     for address in addresses:
         assert f"good  Triton at {address}, signatures of {PRODUCT} version {version}\n" in done.stdout
+
+
+def test_a_replica_whose_backend_died_costs_no_batch(stack, second, service):
+    """Its server still calls itself ready and errs: every batch gets its scores from the other one, and it is left."""
+    made = service(stack.endpoints["triton"], second.address)
+    pattern = ["pgrep", "-P", str(second.pid), "-f", f"{PRODUCT}.mahalanobis"]
+    with Load(made.client) as load:
+        load.wait_for(6)
+        stub = subprocess.run(pattern, capture_output=True, text=True, check=True).stdout.split()[0]
+        os.kill(int(stub), signal.SIGKILL)
+        wait_until(lambda: made.up() == 1, 30, "the broken replica set aside")
+        load.wait_for(6)
+    assert [answer.cause for answer in load.answers if answer.cause is not None] == []
+    assert made.count("failures", second.address) > 0

@@ -198,6 +198,16 @@ def test_a_closed_pool_hands_out_nothing(make_pool):
     assert not any(thread.is_alive() for thread in pool._threads)
 
 
+def test_a_headless_name_gives_every_address_of_one_kind(monkeypatch):
+    """Two pods with both kinds of address are two replicas; with IPv6 alone they are two as well."""
+    four = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"10.0.0.{number}", 8001)) for number in (1, 2, 1)]
+    six = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", (f"fd00::{number}", 8001, 0, 0)) for number in (1, 2, 1)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: six + four)
+    assert resolve("triton:8001") == ["10.0.0.1:8001", "10.0.0.2:8001"]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: six)
+    assert resolve("triton:8001") == ["[fd00::1]:8001", "[fd00::2]:8001"]
+
+
 def test_the_systems_resolver_gives_each_address_once():
     """Numbers stand for themselves; a name gives IPv4 where it has both; one that does not exist raises OSError."""
     assert resolve("127.0.0.1:8001") == ["127.0.0.1:8001"]
