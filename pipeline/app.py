@@ -61,7 +61,7 @@ class Line:
         self._batcher = Batcher(
             self.metrics, max_size=config.batching.max_size, max_age_s=config.batching.max_age_ms / 1e3
         )
-        self._inference = InferenceClient(config.triton, self._manifests)
+        self._inference = InferenceClient(config.triton, self._manifests, metrics=self.metrics, health=self.health)
         self._thresholds = ThresholdCache(
             ThresholdStore(config.redis), self._manifests, config.redis, metrics=self.metrics, health=self.health
         )
@@ -102,7 +102,6 @@ class Line:
             thread.start()
         for reader in self._readers:
             reader.start()
-        self.health.ready("triton", state=True)
         gc.collect()
         gc.freeze()  # what is here now stays: the collections of the judge look at the frames' garbage only
         log.info("line started", line=self._config.line, cameras=len(self._readers), products=self._config.products)

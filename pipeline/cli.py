@@ -29,9 +29,10 @@ from pipeline import logs
 from pipeline.app import Line, read_manifests
 from pipeline.errors import CheckError, ConfigError, LineError
 from pipeline.events import schemas
+from pipeline.health import Health
 from pipeline.inference import InferenceClient
 from pipeline.manifest import Manifest, read_manifest
-from pipeline.metrics import LineSnapshot
+from pipeline.metrics import LineSnapshot, Metrics
 from pipeline.screen import draw, verdict_line
 from pipeline.tail import VerdictReader
 from pipeline.thresholds import ThresholdStore
@@ -122,12 +123,14 @@ def check(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     settings = configuration.load(config)
     manifests = read_manifests(settings)
     done = [f"line file {config}", *(f"manifest {product}" for product in manifests)]
-    client = InferenceClient(settings.triton, manifests)
+    client = InferenceClient(settings.triton, manifests, metrics=Metrics(), health=Health())
     try:
         client.start()
+        replicas = client.require_all()
     finally:
         client.close()
-    done.append(f"Triton at {settings.triton.address}, signatures of {', '.join(manifests)}")
+    signatures = ", ".join(f"{manifest.product} version {manifest.version}" for manifest in manifests.values())
+    done += [f"Triton at {replica}, signatures of {signatures}" for replica in replicas]
     store = ThresholdStore(settings.redis)
     for product in manifests:
         store.get(product)

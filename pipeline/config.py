@@ -38,20 +38,40 @@ from pipeline.cameras import (
 from pipeline.errors import ConfigError
 
 ENV_PREFIX = "LOGICRD_"
+_ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 MODELINE = "# yaml-language-server: $schema="
 
 
 class Triton(Block):
     """The inference server."""
 
-    address: str = "127.0.0.1:18001"
-    """gRPC address, `host:port`."""
+    address: str | list[str] = "127.0.0.1:18001"
+    """gRPC address, `host:port`, or a list of them. Every address that a name stands for is a replica: name a headless
+    service of Kubernetes, not one with an address of its own."""
+    resolve_interval_s: Positive = 10.0
+    """How often names are looked up again: a new replica gets its share, and one that is gone is left, this much later
+    at most, and a probe of it."""
     models_repo: Path = Path("models_repo")
     """The model repository that the server serves; the line reads the manifests in it."""
     max_in_flight: Annotated[int, Field(ge=1, le=64)] = 3
-    """Batches under way at once; more fills the server's gaps, fewer makes larger batches."""
+    """Batches under way at once, over all replicas; more fills the servers' gaps, fewer makes larger batches."""
     startup_timeout_s: Positive = 10.0
-    """How long the start waits for the server to be ready."""
+    """How long the start waits for a replica to be ready."""
+
+    @field_validator("address")
+    @classmethod
+    def _are_addresses(cls, address: str | list[str]) -> str | list[str]:
+        if not address:
+            raise ValueError("name at least one address, `host:port`")
+        for each in [address] if isinstance(address, str) else address:
+            if not _ADDRESS.fullmatch(each) or not 0 < int(each.rpartition(":")[2]) <= 65535:
+                raise ValueError(f"{each!r} is not `host:port`")
+        return address
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses, each once, as they are written."""
+        return list(dict.fromkeys([self.address] if isinstance(self.address, str) else self.address))
 
 
 class Kafka(Block):

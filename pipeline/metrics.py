@@ -88,6 +88,15 @@ class Metrics:
         self._stage = Histogram(
             "inspection_stage_seconds", "Time in a stage", ["stage"], buckets=_LATENCY_BUCKETS_S, registry=registry
         )
+        self._triton_requests = Counter(
+            "inspection_triton_requests", "Batches sent to a replica of Triton", ["replica"], registry=registry
+        )
+        self._triton_failures = Counter(
+            "inspection_triton_failures", "Batches that a replica gave no scores for", ["replica"], registry=registry
+        )
+        self.triton_replicas_up = Gauge(
+            "inspection_triton_replicas_up", "Replicas of Triton that get batches", registry=registry
+        )
         self._events = Counter("inspection_events", "Events by fate", ["fate"], registry=registry)
         self.unacknowledged = Gauge(
             "inspection_events_unacknowledged", "Events Kafka has not confirmed yet", registry=registry
@@ -136,6 +145,18 @@ class Metrics:
             self._judged += 1
         self._verdicts.labels(figures.station, judgement.value, cause.value if cause else "").inc()
         self._latency.observe(latency_s)
+
+    def triton_request(self, replica: str, *, failed: bool) -> None:
+        """Count a batch that a replica of Triton has answered, or failed to."""
+        self._triton_requests.labels(replica).inc()
+        failures = self._triton_failures.labels(replica)
+        if failed:
+            failures.inc()
+
+    def triton_replica_left(self, replica: str) -> None:
+        """Forget the counts of a replica that has left, so that a restart of pods does not add series for ever."""
+        self._triton_requests.remove(replica)
+        self._triton_failures.remove(replica)
 
     def late(self) -> None:
         """Count an answer that came after its part's verdict had gone out."""

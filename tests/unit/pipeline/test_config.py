@@ -1,5 +1,6 @@
 """The line file: what is refused, and in which words."""
 
+import json
 import re
 from pathlib import Path
 
@@ -33,6 +34,10 @@ RTSP = {"id": "c1", "type": "rtsp", "product": "tray", "url": "rtsp://127.0.0.1:
         ({"cameras": [CAMERA, CAMERA]}, ["two cameras are called 'c1'"]),
         ({"evidence": True}, ["evidence:", "dictionary"]),
         ({"monitoring": {"host": "everywhere"}}, ["monitoring.host:", "everywhere"]),
+        ({"triton": {"address": "triton"}}, ["triton.address:", "'triton' is not `host:port`"]),
+        ({"triton": {"address": ["a:1", "dns:///triton:8001"]}}, ["triton.address:", "'dns:///triton:8001'"]),
+        ({"triton": {"address": "a:70000"}}, ["triton.address:", "'a:70000'"]),
+        ({"triton": {"address": []}}, ["triton.address:", "at least one"]),
     ],
 )
 def test_a_wrong_entry_is_refused_with_its_place(line_file, keys, words):
@@ -103,6 +108,21 @@ def test_the_environment_stands_above_the_file(line_file, monkeypatch):
     assert settings.budget_ms == 500
     assert settings.kafka.bootstrap == ["broker:9092"]
     assert settings.kafka.startup_timeout_s == 0.01
+
+
+@pytest.mark.parametrize(
+    ("value", "addresses"),
+    [
+        ("triton:8001", ["triton:8001"]),
+        ("[::1]:8001", ["[::1]:8001"]),
+        (["a:1", "b:1", "a:1"], ["a:1", "b:1"]),
+    ],
+)
+def test_triton_has_one_address_or_a_list(line_file, monkeypatch, value, addresses):
+    """A word is one address and a list is several, each once; in the environment as in the file."""
+    assert config.load(line_file(triton={"address": value})).triton.addresses == addresses
+    monkeypatch.setenv("LOGICRD_TRITON__ADDRESS", value if isinstance(value, str) else json.dumps(value))
+    assert config.load(line_file()).triton.addresses == addresses
 
 
 @pytest.mark.parametrize("value", ["broker:9092", "{", ""])
