@@ -1,0 +1,189 @@
+"""RTSP cameras through the software twin of DeepStream's graph: a real server, a real GStreamer, a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from pipeline.cameras import RtspCamera
+from pipeline.errors import FrameError, SourceError
+from pipeline.sources import open_source
+from pipeline.sources.deepstream import GraphHost, GraphSource
+from pipeline.types import Picture
+
+SIMULATE = Path(__file__).parents[2] / "deploy/local/simulate.py"
+PICTURES = 20
+SIZE = (322, 242)  # a row of 966 bytes: GStreamer pads it to 968
+COLOUR_TOLERANCE = 1.0
+"""Mean difference of a colour value, 0..255, between the two decoders: their conversions to RGB round differently."""
+
+pytestmark = pytest.mark.camera
+
+
+@pytest.fixture(scope="module")
+def playlist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Smooth pictures of many colours, each with a part id outside ASCII."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for number in range(PICTURES):
+        coarse = generator.integers(30, 220, (4, 5, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / f"{number}.png"), cv2.resize(coarse, SIZE, interpolation=cv2.INTER_CUBIC))
+    entries = [{"path": f"{number}.png", "part_id": f"é-{number}"} for number in range(PICTURES)]
+    (folder / "list.json").write_text(json.dumps(entries))
+    return folder / "list.json"
+
+
+@contextmanager
+def cameras(playlist: Path, *names: str, options: tuple[str, ...] = ()) -> Iterator[dict[str, str]]:
+    """Serve the playlist under each name; gives the addresses."""
+    command = [sys.executable, str(SIMULATE), "--size", "x".join(map(str, SIZE)), "--rate", "10", *options]
+    for name in names:
+        command += ["--camera", f"{name}={playlist}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield json.loads(process.stdout.readline())["cameras"]
+        finally:
+            process.terminate()
+            process.wait(timeout=10)
+
+
+def camera(url: str, **settings: object) -> RtspCamera:
+    return RtspCamera(id=url.rpartition("/")[2], type="rtsp", url=url, product="tray", decoder="gstreamer", **settings)
+
+
+def read_all(source: GraphSource) -> list[Picture]:
+    pictures = []
+    while (picture := source.read()) is not None:
+        pictures.append(picture)
+    return pictures
+
+
+def test_every_frame_arrives_with_its_part_id_and_the_colours_of_the_other_decoder(playlist: Path) -> None:
+    """Both ways of reading a camera give the same parts in the same order, and nearly the same picture."""
+    found = {}
+    for decoder in ("ffmpeg", "gstreamer"):
+        with cameras(playlist, "left") as addresses:
+            with open_source(camera(addresses["left"]).model_copy(update={"decoder": decoder})) as source:
+                found[decoder] = [source.read() for _ in range(PICTURES)]
+    for theirs, ours in zip(found["ffmpeg"], found["gstreamer"], strict=True):
+        assert (ours.part_id, ours.part_id_source) == (theirs.part_id, theirs.part_id_source)
+        assert ours.image.shape == (SIZE[1], SIZE[0], 3)
+        assert np.abs(ours.image.astype(int) - theirs.image).mean() < COLOUR_TOLERANCE
+    assert [picture.part_id for picture in found["gstreamer"]] == [f"é-{number}" for number in range(PICTURES)]
+    waits = np.diff([picture.captured_s for picture in found["gstreamer"]])
+    assert 0.05 < np.median(waits) < 0.2  # the times are those of arrival: ten a second
+
+
+def test_a_lost_camera_ends_alone(playlist: Path) -> None:
+    """One process reads two cameras; one goes silent and is reported, the other gives every frame."""
+    host = GraphHost(None)
+    with (
+        cameras(playlist, "silent", options=("--stall-after", "3")) as silent,
+        cameras(playlist, "left") as good,
+        GraphSource(camera(good["left"]), host) as left,
+    ):
+        with GraphSource(camera(silent["silent"], read_timeout_s=0.5), host) as lost:
+            assert [lost.read().part_id for _ in range(3)] == ["é-0", "é-1", "é-2"]
+            with pytest.raises(SourceError, match="timeout") as caught:
+                lost.read()
+        assert (caught.value.reason, caught.value.final) == ("timeout", False)
+        assert len(read_all(left)) == PICTURES
+        assert host.pid is not None
+    assert host.pid is None
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "reason"),
+    [
+        ("left", ("--user", "line", "--password", "4711"), "auth_failed"),
+        ("nowhere", (), "not_found"),
+    ],
+)
+def test_a_camera_that_refuses_says_why(playlist: Path, path: str, options: tuple[str, ...], reason: str) -> None:
+    """A missing password and a wrong path are told apart by their reason codes."""
+    with cameras(playlist, "left", options=options) as addresses:
+        url = addresses["left"].replace("/left", f"/{path}")
+        with open_source(camera(url)) as source, pytest.raises(SourceError, match=reason) as caught:
+            source.read()
+    assert caught.value.reason == reason
+
+
+def test_a_password_reaches_the_camera_and_no_process_list(playlist: Path, tmp_path: Path) -> None:
+    """With its password the camera gives pictures, and no command line or environment holds it."""
+    (tmp_path / "secret").write_text("4711-#?\n")
+    host = GraphHost(None)
+    with cameras(playlist, "left", options=("--user", "line", "--password", "4711-#?")) as addresses:
+        with GraphSource(camera(addresses["left"], user="line", password_file=tmp_path / "secret"), host) as source:
+            assert source.read().part_id == "é-0"
+            for name in ("cmdline", "environ"):
+                assert b"4711-#?" not in Path(f"/proc/{host.pid}/{name}").read_bytes()
+
+
+def test_a_camera_that_is_off_is_unreachable() -> None:
+    """Nobody listens: a reason code, soon."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        url = f"rtsp://127.0.0.1:{unused.getsockname()[1]}/left"
+        with open_source(camera(url)) as source, pytest.raises(SourceError) as caught:
+            source.read()
+    assert caught.value.reason == "unreachable"
+
+
+def test_a_camera_that_accepts_and_says_nothing_times_out() -> None:
+    """A dead camera behind a living network: the reader is back after its own timeouts."""
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"rtsp://127.0.0.1:{mute.getsockname()[1]}/left"
+        with open_source(camera(url, connect_timeout_s=0.5, read_timeout_s=0.5)) as source:
+            with pytest.raises(SourceError) as caught:
+                source.read()
+    assert caught.value.reason == "timeout"
+
+
+@pytest.mark.parametrize(("signal_number", "reason"), [(signal.SIGKILL, "capture_died"), (signal.SIGSTOP, "timeout")])
+def test_a_process_that_dies_or_hangs_is_replaced(playlist: Path, signal_number: int, reason: str) -> None:
+    """Its cameras are lost with a reason, and opening one anew starts another process; a hung one is killed."""
+    host = GraphHost(None)
+    with cameras(playlist, "left", options=("--loop",)) as addresses:
+        settings = camera(addresses["left"], read_timeout_s=0.5)
+        with GraphSource(settings, host) as source:
+            assert source.read() is not None
+            first = host.pid
+            assert first is not None
+            os.kill(first, signal_number)
+            with pytest.raises(SourceError) as caught:
+                while True:
+                    source.read()
+        assert caught.value.reason == reason
+        assert not Path(f"/proc/{first}").exists()
+        with GraphSource(settings, host) as source:
+            assert source.read() is not None
+            assert host.pid not in (None, first)
+
+
+def test_a_line_that_reads_too_slowly_loses_no_part_silently(playlist: Path) -> None:
+    """Pictures that find no room become faults with their part ids: every part is accounted for, in order."""
+    with cameras(playlist, "left") as addresses, open_source(camera(addresses["left"])) as source:
+        found = [source.read().part_id]
+        time.sleep(PICTURES / 10 + 0.5)
+        given_up = 0
+        while len(found) < PICTURES:
+            try:
+                found.append(source.read().part_id)
+            except FrameError as error:
+                assert error.part_id_source == "sei"
+                found.append(error.part_id)
+                given_up += 1
+    assert found == [f"é-{number}" for number in range(PICTURES)]
+    assert given_up > 0
