@@ -62,7 +62,7 @@ class RtspCamera(_Camera):
     """Longest pause between two attempts; pauses double from 0.5 s."""
     decoder: Literal["ffmpeg", "gstreamer", "deepstream"] = "ffmpeg"
     """Who decodes: FFmpeg in the worker, GStreamer in a process beside it, or DeepStream on the GPU, also beside it.
-    DeepStream gives no part ids from the stream, and its cameras of one worker should have one `picture_size`."""
+    DeepStream reads no part ids from the stream; its cameras of one `picture_size` share a process."""
 
     @field_validator("url")
     @classmethod

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from fcntl import fcntl
 from pathlib import Path
@@ -27,7 +28,7 @@ from pydantic import SecretStr
 
 from pipeline.cameras import RtspCamera, read_secret
 from pipeline.errors import FrameError, SourceError
-from pipeline.sources.stream import MAX_PART_ID_BYTES, MAX_PIXELS
+from pipeline.sources.stream import MAX_PART_ID_BYTES, MAX_PIXELS, PART_ID_UUID
 from pipeline.types import Picture
 
 PYTHON = Path("/usr/bin/python3")
@@ -50,6 +51,8 @@ CHILD = Path(__file__).with_name("graph_child.py")
 _GIVE_BACK_S = 2.0
 _PIPE_BYTES = 1 << 20
 _F_SETPIPE_SZ = 1031
+_SEI_UNIT = 6
+_UNREGISTERED = 5
 _HINTS = {
     "auth_failed": "check `user` and `password_file`",
     "not_found": "check the path in the camera's address",
@@ -64,7 +67,11 @@ Node = dict[str, Any]
 
 
 def software_graph() -> str:
-    """Describe the software twin; the child sets the address, which belongs in no text."""
+    """Describe the software twin; the child sets the address, which belongs in no text.
+
+    Its decoder does not say when it conceals rubbish inside a frame, as FFmpeg does for `stream.py`; frames that it
+    cannot decode at all, and those built upon them, are faults.
+    """
     return (
         "rtspsrc name=camera protocols=tcp latency=0 ! rtph264depay ! h264parse"
         " ! video/x-h264,stream-format=byte-stream,alignment=au ! avdec_h264 name=decoder max-threads=1"
@@ -88,6 +95,7 @@ def multi_source(port: int, most_cameras: int) -> Node:
         "select-rtp-protocol": 4,  # TCP: a frame is whole or it is not there
         "latency": 100,
         "rtsp-reconnect-interval": 5,
+        "rtsp-reconnect-attempts": -1,
         "disable-audio": True,
     }
     return {"type": "nvmultiurisrcbin", "name": "cameras", "properties": properties}
@@ -106,11 +114,22 @@ def hardware_graph(port: int, most_cameras: int = MOST_CAMERAS) -> list[Node]:
     ]
 
 
+def pictures_start(port: int) -> dict[str, Any]:
+    """Start DeepStream with the graph that gives pictures."""
+    return {"nodes": hardware_graph(port), "mux": MUX, "port": port}
+
+
+def scores_start(config_file: Path, port: int) -> dict[str, Any]:
+    """Start DeepStream with a rendered graph, which gives scores and maps."""
+    return {"config": str(config_file), "port": port}
+
+
 class GraphHost:
     """The child process of one graph, shared by its cameras; it lives while one is open. Safe from every thread."""
 
-    def __init__(self, nodes: list[Node] | None) -> None:
-        self._nodes = nodes
+    def __init__(self, start: dict[str, Any]) -> None:
+        """Take what the graph is made of: nothing for software, `pictures_start` or `scores_start` for DeepStream."""
+        self._start_order = start
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -175,8 +194,7 @@ class GraphHost:
             )
         self._control = ours
         ours.settimeout(_GIVE_BACK_S)
-        start = {} if self._nodes is None else {"nodes": self._nodes, "mux": MUX, "port": _port(self._nodes)}
-        self._tell({"start": start})
+        self._tell({"start": self._start_order})
 
     def _tell(self, order: dict[str, Any]) -> None:
         if self._control is not None:
@@ -197,6 +215,14 @@ class GraphHost:
                 self._process.kill()
                 self._process.wait()
             self._process = None
+
+
+class GraphFrameError(FrameError):
+    """A frame that the graph could not use or judge, with the time of its arrival (monotonic)."""
+
+    def __init__(self, text: str, part_id: str | None, captured_s: float) -> None:
+        super().__init__(text, part_id=part_id, part_id_source=None if part_id is None else "sei")
+        self.captured_s = captured_s
 
 
 class GraphPipe:
@@ -235,9 +261,8 @@ class GraphPipe:
         if "lost" in header:
             raise self._lost(header["lost"], header["text"])
         if "fault" in header:
-            part_id = part_id_of(header.get("part_id"))
-            text = f"{self._camera.url}: {header['fault']}"
-            raise FrameError(text, part_id=part_id, part_id_source=None if part_id is None else "sei")
+            part_id = part_id_in(bytes.fromhex(header["before"]))
+            raise GraphFrameError(f"{self._camera.url}: {header['fault']}", part_id, header["captured_s"])
         return header, body
 
     def _take(self, count: int, until_s: float) -> bytearray:
@@ -283,7 +308,7 @@ class GraphSource:
         if width * height > MAX_PIXELS:
             raise SourceError(f"pictures over {MAX_PIXELS} pixels", reason="too_large", final=True)
         image = np.frombuffer(body, np.uint8).reshape(height, stride)[:, : width * 3].reshape(height, width, 3)
-        part_id = part_id_of(header["part_id"])
+        part_id = part_id_in(bytes.fromhex(header["before"]))
         captured_at = datetime.now(UTC) - timedelta(seconds=time.monotonic() - header["captured_s"])
         origin = None if part_id is None else "sei"
         return Picture(image, captured_at, header["captured_s"], part_id, origin)
@@ -295,26 +320,45 @@ def open_graph(camera: RtspCamera, kind: Literal["gstreamer", "deepstream"]) -> 
     return GraphSource(camera, _host(kind, size))
 
 
-def part_id_of(message: str | None) -> str | None:
-    """Read the part id in the hex of an SEI message, by the rules of `stream.py`: a text that is no id is no id."""
-    if message is None or len(message) > 2 * MAX_PART_ID_BYTES:
-        return None
-    try:
-        text = bytes.fromhex(message).decode().strip("\0")
-    except UnicodeDecodeError:
-        return None
-    return text if text.isprintable() and text else None
+def part_id_in(before: bytes) -> str | None:
+    """Find the part id in the NAL units before a picture; as in `stream.py`, a text that is no id is no id."""
+    for unit in before.split(b"\0\0\1"):
+        if not unit or unit[0] & 0x1F != _SEI_UNIT:
+            continue
+        for message in _unregistered(unit[1:].replace(b"\0\0\3", b"\0\0")):
+            if message[:16] == PART_ID_UUID.bytes and len(message) <= 16 + MAX_PART_ID_BYTES:
+                try:
+                    text = message[16:].decode().strip("\0")
+                except UnicodeDecodeError:
+                    return None
+                return text if text.isprintable() and text else None
+    return None
+
+
+def _unregistered(raw: bytes) -> Iterator[bytes]:
+    """Walk the messages of one SEI unit (H.264 7.3.2.3); gives those of the unregistered kind."""
+    at = 0
+    while at + 2 < len(raw):
+        kind, at = _number(raw, at)
+        size, at = _number(raw, at)
+        if kind == _UNREGISTERED:
+            yield raw[at : at + size]
+        at += size
+
+
+def _number(raw: bytes, at: int) -> tuple[int, int]:
+    """Read a number of SEI's kind: bytes of 255, then the rest; gives it, and where the next one starts."""
+    total = 0
+    while at < len(raw) and raw[at] == 255:
+        total, at = total + 255, at + 1
+    return total + (raw[at] if at < len(raw) else 0), at + 1
 
 
 @functools.cache
 def _host(kind: str, size: tuple[int, ...] | None) -> GraphHost:
     """Give the worker's one process for a graph: a GPU's context is too dear for one a camera."""
     del size
-    return GraphHost(None if kind == "gstreamer" else hardware_graph(_free_port()))
-
-
-def _port(nodes: list[Node]) -> int:
-    return int(nodes[0]["properties"]["port"])
+    return GraphHost({} if kind == "gstreamer" else pictures_start(_free_port()))
 
 
 def _free_port() -> int:

@@ -1,15 +1,14 @@
 """The child process that runs GStreamer graphs for `deepstream.py`, which starts it by its path and alone speaks to it.
 
-It runs in the Python that has the bindings (Debian's for `gi`, the DeepStream image's for `pyservicemaker`), which is
-not the line's own: so it imports the standard library, and the bindings only for the graph it is asked for. A graph
-that hangs is killed with its process. It never retries, never resizes, never judges.
+It runs in the Python that has the bindings (Debian's for `gi`, the DeepStream image's for `pyservicemaker`), not the
+line's: it imports the standard library, and the bindings for the graph it is asked for. It never retries or judges.
 
-Orders come over a socket, one JSON object a packet, as the file descriptor of a pipe for each opened camera:
-`{"start": ...}` once, `{"open": id, "url", "user", "password", "graph"}`, `{"close": id}`. Into a camera's pipe go
-messages: four bytes of length (big endian), a JSON header, and `bytes` bytes of body. Headers: a picture (`width`,
-`height`, `stride`, `captured_s`, `part_id`), a `fault` of one frame, `scores` with `shape` and the map in the body, or
-the last one: `lost` with `text`, or `ended`. `captured_s` is the machine's monotonic clock, which both processes share;
-`part_id` is the hex of an SEI message without its UUID.
+Orders come over a socket, one JSON object a packet: `{"start": ...}` once, `{"open": id, "url", "user", "password",
+"graph"}` with the writing end of a pipe for that camera, `{"close": id}`. Into the pipe go messages: four bytes of
+length (big endian), a JSON header, and `bytes` bytes of body. A header is a picture (`width height stride`), the
+`fault` of one frame, `scores` with `shape` and the map in the body, or the last one: `lost` with `text`, or `ended`.
+Frames have `captured_s`, on the monotonic clock that both processes share, and `before`: what preceded the picture in
+its access unit, as hex, which may name its part.
 """
 
 from __future__ import annotations
@@ -24,14 +23,13 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict, deque
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 if TYPE_CHECKING:
     from pyservicemaker._pydeepstream import BatchMetadata, Buffer
 
-PART_ID_UUID = bytes.fromhex("d46167702d2458baac166665a1d7737b")
-"""The same as in `stream.py`; a test holds them equal."""
+MOST_BEFORE_BYTES = 4096
 MOST_PICTURES = 4
 """Pictures of one camera that wait for the line; one more turns the oldest into a fault, never into silence."""
 MOST_MESSAGES = 1000
@@ -77,7 +75,7 @@ class Outlet:
     def _give_up_oldest(self) -> None:
         for index, (header, body) in enumerate(self._waiting):
             if body:
-                kept: Header = {key: header[key] for key in ("captured_s", "part_id") if key in header}
+                kept: Header = {key: header[key] for key in ("captured_s", "before") if key in header}
                 self._waiting[index] = ({**kept, "fault": "given up: the line reads too slowly"}, b"")
                 self._pictures -= 1
                 return
@@ -106,23 +104,12 @@ class Outlet:
             return header, body
 
 
-class Graph(Protocol):
-    """What can be asked of a way to build graphs."""
-
-    def open(self, order: Header, outlet: Outlet) -> None:
-        """Begin to read a camera into its outlet."""
-
-    def close(self, camera_id: str) -> None:
-        """End it; closes the outlet, sooner or later."""
-
-
 class SoftwareGraph:
     """A pipeline of its own for each camera, decoded on the CPU."""
 
-    def __init__(self, start: Header) -> None:
+    def __init__(self) -> None:
         import gi
 
-        del start
         gi.require_version("Gst", "1.0")
         from gi.repository import Gst
 
@@ -131,11 +118,13 @@ class SoftwareGraph:
         self._cameras: dict[str, SoftwareCamera] = {}
 
     def open(self, order: Header, outlet: Outlet) -> None:
+        """Begin to read a camera into its outlet."""
         camera = SoftwareCamera(self._gst, order, outlet)
         self._cameras[order["open"]] = camera
         camera.start()
 
     def close(self, camera_id: str) -> None:
+        """End it; its outlet closes a moment later."""
         if (camera := self._cameras.pop(camera_id, None)) is not None:
             camera.stopping.set()
 
@@ -149,23 +138,23 @@ class SoftwareCamera(threading.Thread):
         self._gst = gst
         self._order = order
         self._outlet = outlet
-        # What went into the decoder and has not come out of it, by its time stamp: arrival, part id, key frame or not.
-        self._undecoded: OrderedDict[int, tuple[float, str | None, bool]] = OrderedDict()
+        # What went into the decoder and has not come out of it, by time stamp: arrival, `before`, key frame or not.
+        self._undecoded: OrderedDict[int, tuple[float, str, bool]] = OrderedDict()
         self._lock = threading.Lock()
         # As in stream.py: frames after a damaged one are built upon it, and the decoder does not say so.
         self._damaged = False
 
     def run(self) -> None:
         """Play until the end, the loss, or the order to stop."""
-        last: Header = {"lost": "internal", "text": "the graph could not be built"}
+        last: Header = {"ended": True}
         pipeline = None
         try:
             pipeline = self._gst.parse_launch(self._order["graph"])
             self._configure(pipeline)
             pipeline.set_state(self._gst.State.PLAYING)
             last = self._play(pipeline)
-        except Exception as error:  # noqa: BLE001 (the thread's top frame)
-            last = {"lost": "internal", "text": type(error).__name__ + ": " + str(error)}
+        except Exception as error:  # noqa: BLE001 (top frame)
+            last = {"lost": "internal", "text": f"{type(error).__name__}: {error}"}
         finally:
             if pipeline is not None:
                 pipeline.set_state(self._gst.State.NULL)
@@ -181,14 +170,13 @@ class SoftwareCamera(threading.Thread):
         pad = pipeline.get_by_name("decoder").get_static_pad("sink")
         pad.add_probe(self._gst.PadProbeType.BUFFER, self._note)
 
-    def _note(self, pad: Any, info: Any) -> Any:  # noqa: ANN401
-        """Remember an access unit before it is decoded, with its arrival and its part id."""
-        del pad
+    def _note(self, _: Any, info: Any) -> Any:  # noqa: ANN401
+        """Remember an access unit before it is decoded, with its arrival and what may name its part."""
         buffer = info.get_buffer()
-        part_id = part_id_message(buffer.extract_dup(0, buffer.get_size()))
+        before = before_picture(buffer.extract_dup(0, buffer.get_size()))
         key_frame = not buffer.has_flags(self._gst.BufferFlags.DELTA_UNIT)
         with self._lock:
-            self._undecoded[buffer.pts] = (time.monotonic(), part_id, key_frame)
+            self._undecoded[buffer.pts] = (time.monotonic(), before, key_frame)
         if len(self._undecoded) > _MOST_UNDECODED:
             self._give_up_before(buffer.pts)
         return self._gst.PadProbeReturn.OK
@@ -205,39 +193,39 @@ class SoftwareCamera(threading.Thread):
                 error, _ = message.parse_error()
                 return {"lost": reason_of(error.domain, error.code), "text": error.message}
             if message is not None or sink.get_property("eos"):
-                return {"ended": True}
+                break
         return {"ended": True}
 
     def _hand_over(self, sample: Any) -> None:  # noqa: ANN401
         buffer, form = sample.get_buffer(), sample.get_caps().get_structure(0)
         with self._lock:
-            arrival = self._undecoded.pop(buffer.pts, (time.monotonic(), None, False))
+            arrival = self._undecoded.pop(buffer.pts, (time.monotonic(), "", False))
         self._give_up_before(buffer.pts)
-        captured_s, part_id, key_frame = arrival
+        captured_s, before, key_frame = arrival
         self._damaged = (self._damaged and not key_frame) or buffer.has_flags(self._gst.BufferFlags.CORRUPTED)
         if self._damaged:
-            self._outlet.put({"fault": "a frame arrived damaged", "captured_s": captured_s, "part_id": part_id})
+            self._outlet.put({"fault": "a frame arrived damaged", "captured_s": captured_s, "before": before})
             return
         width, height = form.get_value("width"), form.get_value("height")
         body = buffer.extract_dup(0, buffer.get_size())
         header = {"width": width, "height": height, "stride": len(body) // height, "captured_s": captured_s}
-        self._outlet.put({**header, "part_id": part_id}, body)
+        self._outlet.put({**header, "before": before}, body)
 
     def _give_up_before(self, pts: int | None) -> None:
         """Report what went into the decoder before `pts` and never came out; None means all."""
         with self._lock:
             lost = [stamp for stamp in self._undecoded if pts is None or stamp < pts]
             arrivals = [self._undecoded.pop(stamp) for stamp in lost]
-        for captured_s, part_id, _ in arrivals:
+        for captured_s, before, _ in arrivals:
             self._damaged = True
-            self._outlet.put({"fault": "a frame cannot be decoded", "captured_s": captured_s, "part_id": part_id})
+            self._outlet.put({"fault": "a frame cannot be decoded", "captured_s": captured_s, "before": before})
 
 
 class HardwareGraph:
     """One DeepStream pipeline for all cameras, which come and go through its REST server on loopback.
 
-    With a `retriever` at its end it gives pictures, with a `probe` after its network scores and maps. Not run here: it
-    needs DeepStream and a GPU.
+    Built from `nodes` it gives pictures; read from a `config` file that has a network, scores and maps. Not run here:
+    it needs DeepStream and a GPU.
     """
 
     def __init__(self, start: Header) -> None:
@@ -246,25 +234,25 @@ class HardwareGraph:
         self._port = int(start["port"])
         self._outlets: dict[str, Outlet] = {}
         self._cameras: dict[int, str] = {}
-        with tempfile.NamedTemporaryFile("w", suffix=".txt", delete=False) as settings:
-            settings.write(start["mux"])
-        self._pipeline = Pipeline("cameras")
-        for node in start["nodes"]:
-            properties = dict(node["properties"])
-            if node["type"] == "nvmultiurisrcbin":
-                properties["config-file-path"] = settings.name
-            self._pipeline.add(node["type"], node["name"], properties)
-        self._pipeline.link(*(node["name"] for node in start["nodes"]))
         # Kept, because the pipeline does not: the bindings hold on to the probe, not to the object behind it.
         self._reader: Any
-        if start["nodes"][-1]["type"] == "appsink":
-            self._reader = self._retriever()
-            self._pipeline.attach(start["nodes"][-1]["name"], Receiver("pictures", self._reader), tips="new-sample")
-        else:
-            self._reader = self._operator()
+        if "config" in start:
+            self._reader, self._pipeline = self._operator(), Pipeline("cameras", start["config"])
             self._pipeline.attach("infer", Probe("scores", self._reader))
+        else:
+            self._reader, self._pipeline = self._retriever(), Pipeline("cameras")
+            self._build(start["nodes"], start["mux"])
+            self._pipeline.attach("pictures", Receiver("pictures", self._reader), tips="new-sample")
         self._pipeline.prepare(self._on_message)
         self._pipeline.activate()
+
+    def _build(self, nodes: list[Header], mux: str) -> None:
+        with tempfile.NamedTemporaryFile("w", suffix=".txt", delete=False) as settings:
+            settings.write(mux)
+        for node in nodes:
+            own = {"config-file-path": settings.name} if node["type"] == "nvmultiurisrcbin" else {}
+            self._pipeline.add(node["type"], node["name"], {**node["properties"], **own})
+        self._pipeline.link(*(node["name"] for node in nodes))
 
     def open(self, order: Header, outlet: Outlet) -> None:
         """Add the camera; DeepStream connects on its own, and one that never sends is the line's to notice."""
@@ -273,6 +261,7 @@ class HardwareGraph:
             self._outlets.pop(order["open"]).close({"lost": "refused", "text": "DeepStream does not take the camera"})
 
     def close(self, camera_id: str) -> None:
+        """Remove the camera and close its outlet."""
         if (outlet := self._outlets.pop(camera_id, None)) is not None:
             self._rest("remove", camera_id, "")
             outlet.close({"ended": True})
@@ -281,7 +270,7 @@ class HardwareGraph:
         """Give a message to the camera that a source id stands for at this moment."""
         outlet = self._outlets.get(self._cameras.get(source_id, ""))
         if outlet is not None:
-            outlet.put({**header, "captured_s": time.monotonic(), "part_id": None}, body)
+            outlet.put({**header, "captured_s": time.monotonic(), "before": ""}, body)
 
     def _on_message(self, message: object) -> None:
         """Follow which source id is which camera; an id may be another camera's after a removal."""
@@ -318,10 +307,12 @@ class HardwareGraph:
         class Scores(BatchMetadataOperator):
             def handle_metadata(self, batch_meta: BatchMetadata) -> None:
                 for frame in batch_meta.frame_items:
+                    header: Header = {"fault": "Triton gave no scores"}
+                    body = b""
                     for item in frame.tensor_items:
                         layers = {name: to_host(layer) for name, layer in item.as_tensor_output().get_layers().items()}
                         header, body = scores_message(layers)
-                        graph.deliver(frame.source_id, header, body)
+                    graph.deliver(frame.source_id, header, body)
 
         return Scores()
 
@@ -352,62 +343,33 @@ def to_host(tensor: Any) -> Any:  # noqa: ANN401 (a pyservicemaker.Tensor in, a 
 def scores_message(layers: dict[str, Any]) -> tuple[Header, bytes]:
     """Pack the ensemble's outputs of one frame: every one-number tensor as a score, the map as float32 in the body."""
     scores = {name: float(values.reshape(-1)[0]) for name, values in layers.items() if values.size == 1}
-    name, anomaly_map = next((name, values) for name, values in layers.items() if values.size > 1)
-    shape = [size for size in anomaly_map.shape if size > 1]
-    return {"scores": scores, "map": name, "shape": shape}, anomaly_map.astype("<f4").tobytes()
+    maps = [(name, values) for name, values in layers.items() if values.size > 1]
+    if len(maps) != 1:
+        return {"scores": scores}, b""
+    ((name, values),) = maps
+    shape = [size for size in values.shape if size > 1]
+    return {"scores": scores, "map": name, "shape": shape}, values.astype("<f4").tobytes()
 
 
-def part_id_message(unit: bytes) -> str | None:
-    """Find the part id's SEI message (H.264 D.1.7) in an access unit with start codes; gives its text as hex."""
+def before_picture(unit: bytes) -> str:
+    """Give what an H.264 access unit with start codes holds before its first slice, SEI messages among it, as hex."""
     start = unit.find(b"\0\0\1")
-    while start >= 0 and start + 3 < len(unit):
-        kind = unit[start + 3] & 0x1F
-        if 1 <= kind <= 5:  # the first slice: no SEI message comes after it
-            return None
-        end = unit.find(b"\0\0\1", start + 3)
-        if kind == 6:
-            raw = unit[start + 4 : end if end >= 0 else len(unit)].replace(b"\0\0\3", b"\0\0")
-            if (message := _unregistered(raw)) is not None:
-                return message.hex()
-        start = end
-    return None
-
-
-def _unregistered(raw: bytes) -> bytes | None:
-    """Walk the payloads of one SEI unit to the one with our UUID."""
-    at = 0
-    while at + 2 <= len(raw) and raw[at:] != b"\x80":
-        kind, at = _number(raw, at)
-        size, at = _number(raw, at)
-        payload = raw[at : at + size]
-        if kind == 5 and payload[:16] == PART_ID_UUID:
-            return payload[16:]
-        at += size
-    return None
-
-
-def _number(raw: bytes, at: int) -> tuple[int, int]:
-    """Read a number of SEI's kind: bytes of 255, then the rest; gives it and where the next one starts."""
-    total = 0
-    while at < len(raw) and raw[at] == 0xFF:
-        total, at = total + 255, at + 1
-    return total + (raw[at] if at < len(raw) else 0), at + 1
+    while start >= 0 and start + 3 < len(unit) and not 1 <= unit[start + 3] & 0x1F <= 5:
+        start = unit.find(b"\0\0\1", start + 3)
+    return unit[: max(start, 0)][:MOST_BEFORE_BYTES].hex()
 
 
 def reason_of(domain: str, code: int) -> str:
     """Map GStreamer's error to the line's reason code (gst/gsterror.h)."""
-    resource = {3: "not_found", 5: "unreachable", 7: "unreachable", 9: "lost", 15: "auth_failed"}
-    stream = {3: "codec_unsupported", 4: "codec_unsupported", 5: "codec_unsupported", 6: "codec_unsupported"}
-    codes = {"gst-resource-error-quark": resource, "gst-stream-error-quark": stream}
-    return codes.get(domain, {}).get(code, "lost")
+    resource = {3: "not_found", 5: "unreachable", 7: "unreachable", 15: "auth_failed"}
+    stream = dict.fromkeys((3, 4, 5, 6), "codec_unsupported")
+    return {"gst-resource-error-quark": resource, "gst-stream-error-quark": stream}.get(domain, {}).get(code, "lost")
 
 
 def _address(order: Header) -> str:
     parts = urlsplit(order["url"])
-    if not order["user"]:
-        return str(order["url"])
-    who = f"{quote(order['user'], safe='')}:{quote(order['password'], safe='')}"
-    return urlunsplit(parts._replace(netloc=f"{who}@{parts.netloc}"))
+    who = f"{quote(order['user'], safe='')}:{quote(order['password'], safe='')}@" if order["user"] else ""
+    return urlunsplit(parts._replace(netloc=who + parts.netloc))
 
 
 def _write(descriptor: int, data: bytes) -> None:
@@ -417,17 +379,15 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 def main(descriptor: int) -> None:
-    """Serve orders until the line closes the socket or is gone."""
+    """Serve orders until the line closes the socket or is gone; in between, all work is in threads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the line, which drains and then closes the socket
-    graph: Graph | None = None
+    graph: SoftwareGraph | HardwareGraph | None = None
     with socket.socket(fileno=descriptor) as control:
-        while True:
-            packet, descriptors, _, _ = socket.recv_fds(control, 1 << 20, 1)
-            if not packet:
-                return
+        while (received := socket.recv_fds(control, 1 << 20, 1))[0]:
+            packet, descriptors = received[:2]
             order = json.loads(packet)
             if "start" in order:
-                graph = (HardwareGraph if order["start"].get("nodes") else SoftwareGraph)(order["start"])
+                graph = HardwareGraph(order["start"]) if order["start"] else SoftwareGraph()
             elif graph is not None and "open" in order:
                 graph.open(order, Outlet(descriptors[0]))
             elif graph is not None:
