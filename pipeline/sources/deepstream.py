@@ -16,7 +16,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from fcntl import fcntl
 from pathlib import Path
@@ -28,7 +28,8 @@ from pydantic import SecretStr
 
 from pipeline.cameras import RtspCamera, read_secret
 from pipeline.errors import FrameError, SourceError
-from pipeline.sources.stream import MAX_PART_ID_BYTES, MAX_PIXELS, PART_ID_UUID
+from pipeline.sources.sei import part_id_in
+from pipeline.sources.stream import MAX_PIXELS
 from pipeline.types import Picture
 
 PYTHON = Path("/usr/bin/python3")
@@ -51,8 +52,6 @@ CHILD = Path(__file__).with_name("graph_child.py")
 _GIVE_BACK_S = 2.0
 _PIPE_BYTES = 1 << 20
 _F_SETPIPE_SZ = 1031
-_SEI_UNIT = 6
-_UNREGISTERED = 5
 _HINTS = {
     "auth_failed": "check `user` and `password_file`",
     "not_found": "check the path in the camera's address",
@@ -133,7 +132,9 @@ class GraphHost:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
-        self._open: set[str] = set()
+        self._open: dict[str, int] = {}
+        # When any camera of the graph last gave a message; a graph that has stopped as a whole does not say so.
+        self._heard_s = 0.0
 
     @property
     def pid(self) -> int | None:
@@ -149,7 +150,7 @@ class GraphHost:
             with self._lock:
                 control = self._running()
                 socket.send_fds(control, [json.dumps({"open": camera_id, **order}).encode()], [writer])
-                self._open.add(camera_id)
+                self._open[camera_id] = reader
         except OSError as error:
             os.close(reader)
             with self._lock:
@@ -161,16 +162,30 @@ class GraphHost:
             os.close(writer)
         return reader
 
-    def close(self, camera_id: str, reader: int) -> None:
-        """Give a camera back; a child that does not let go of it in time hangs, and is killed. Never raises."""
+    def heard(self) -> None:
+        """Note that a camera gave a message."""
+        self._heard_s = time.monotonic()
+
+    def close(self, camera_id: str, reader: int, silent_s: float | None = None) -> None:
+        """Give a camera back, after `silent_s` of waiting in vain for it. Never raises.
+
+        A child that does not let go of it in time hangs, and one of which no camera was heard for that long has
+        stopped: either is replaced.
+        """
         with self._lock:
             self._tell({"close": camera_id})
         given_back = _drain(reader, time.monotonic() + _GIVE_BACK_S)
-        os.close(reader)
         with self._lock:
-            self._open.discard(camera_id)
-            if not given_back or not self._open:
+            self._open.pop(camera_id, None)
+            os.close(reader)
+            if not given_back or not self._open or self._stopped(silent_s):
                 self._end()
+
+    def _stopped(self, silent_s: float | None) -> bool:
+        """Say whether no camera was heard for so long, and none has anything that waits to be read."""
+        if silent_s is None or time.monotonic() - self._heard_s < silent_s:
+            return False
+        return not _readable(self._open.values(), 0.0)
 
     def _running(self) -> socket.socket:
         if self._process is not None and self._process.poll() is not None:
@@ -193,6 +208,7 @@ class GraphHost:
                 stderr=subprocess.DEVNULL,  # DeepStream prints addresses there, with their passwords
             )
         self._control = ours
+        self._heard_s = time.monotonic()
         ours.settimeout(_GIVE_BACK_S)
         self._tell({"start": self._start_order})
 
@@ -233,29 +249,35 @@ class GraphPipe:
         self._host = host
         self._reader: int | None = None
         self._began = False
+        self._silent_s: float | None = None
 
     def __enter__(self) -> GraphPipe:
         secret = read_secret(self._camera.password_file) if self._camera.password_file else SecretStr("")
         order = {"url": self._camera.url, "user": self._camera.user, "password": secret.get_secret_value()}
         self._reader = self._host.open(self._camera.id, {**order, "graph": software_graph()})
-        self._began = False
+        self._began, self._silent_s = False, None
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._reader is not None:
-            self._host.close(self._camera.id, self._reader)
+            self._host.close(self._camera.id, self._reader, self._silent_s)
             self._reader = None
 
     def next(self) -> tuple[dict[str, Any], bytearray] | None:
         """Wait for a message; None at the camera's own end. Raises FrameError for a fault, SourceError for a loss."""
         limit_s = self._camera.read_timeout_s + (0.0 if self._began else self._camera.connect_timeout_s)
         until_s = time.monotonic() + limit_s
-        size = int.from_bytes(self._take(4, until_s), "big")
-        header: dict[str, Any] = json.loads(self._take(size, until_s))
-        body = self._take(header["bytes"], until_s)
+        try:
+            size = int.from_bytes(self._take(4, until_s), "big")
+            header: dict[str, Any] = json.loads(self._take(size, until_s))
+            body = self._take(header["bytes"], until_s)
+        except TimeoutError:
+            self._silent_s = limit_s
+            raise self._lost("timeout", "nothing arrives") from None
         self._began = True
+        self._host.heard()
         if "ended" in header:
             return None
         if "lost" in header:
@@ -270,8 +292,8 @@ class GraphPipe:
         data = bytearray(count)
         view = memoryview(data)
         while view:
-            if not select.select([self._reader], [], [], max(0.0, until_s - time.monotonic()))[0]:
-                raise self._lost("timeout", "nothing arrives")
+            if not _readable([self._reader], until_s - time.monotonic()):
+                raise TimeoutError
             got = os.readv(self._reader, [view])
             if not got:
                 raise self._lost("capture_died", "the capture process ended")
@@ -320,40 +342,6 @@ def open_graph(camera: RtspCamera, kind: Literal["gstreamer", "deepstream"]) -> 
     return GraphSource(camera, _host(kind, size))
 
 
-def part_id_in(before: bytes) -> str | None:
-    """Find the part id in the NAL units before a picture; as in `stream.py`, a text that is no id is no id."""
-    for unit in before.split(b"\0\0\1"):
-        if not unit or unit[0] & 0x1F != _SEI_UNIT:
-            continue
-        for message in _unregistered(unit[1:].replace(b"\0\0\3", b"\0\0")):
-            if message[:16] == PART_ID_UUID.bytes and len(message) <= 16 + MAX_PART_ID_BYTES:
-                try:
-                    text = message[16:].decode().strip("\0")
-                except UnicodeDecodeError:
-                    return None
-                return text if text.isprintable() and text else None
-    return None
-
-
-def _unregistered(raw: bytes) -> Iterator[bytes]:
-    """Walk the messages of one SEI unit (H.264 7.3.2.3); gives those of the unregistered kind."""
-    at = 0
-    while at + 2 < len(raw):
-        kind, at = _number(raw, at)
-        size, at = _number(raw, at)
-        if kind == _UNREGISTERED:
-            yield raw[at : at + size]
-        at += size
-
-
-def _number(raw: bytes, at: int) -> tuple[int, int]:
-    """Read a number of SEI's kind: bytes of 255, then the rest; gives it, and where the next one starts."""
-    total = 0
-    while at < len(raw) and raw[at] == 255:
-        total, at = total + 255, at + 1
-    return total + (raw[at] if at < len(raw) else 0), at + 1
-
-
 @functools.cache
 def _host(kind: str, size: tuple[int, ...] | None) -> GraphHost:
     """Give the worker's one process for a graph: a GPU's context is too dear for one a camera."""
@@ -369,7 +357,15 @@ def _free_port() -> int:
 
 def _drain(reader: int, until_s: float) -> bool:
     """Read a pipe to its end; False when that does not come in time."""
-    while select.select([reader], [], [], max(0.0, until_s - time.monotonic()))[0]:
+    while _readable([reader], until_s - time.monotonic()):
         if not os.read(reader, _PIPE_BYTES):
             return True
     return False
+
+
+def _readable(readers: Iterable[int], wait_s: float) -> bool:
+    """Wait until one of some pipes has data or has ended; unlike `select`, without a limit on their numbers."""
+    poll = select.poll()
+    for reader in readers:
+        poll.register(reader, select.POLLIN)
+    return bool(poll.poll(max(0.0, wait_s) * 1e3))

@@ -19,12 +19,12 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections import OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
 if TYPE_CHECKING:
     from pyservicemaker._pydeepstream import BatchMetadata, Buffer
@@ -64,10 +64,10 @@ class Outlet:
                 self._closed = True
             self._changed.notify()
 
-    def close(self, last: Header | None = None) -> None:
+    def close(self, last: Header) -> None:
         """Let what waits go out, then `last`, then close the pipe."""
         with self._changed:
-            if last is not None and not self._closed:
+            if not self._closed:
                 self._waiting.append((last, b""))
             self._closed = True
             self._changed.notify()
@@ -75,7 +75,7 @@ class Outlet:
     def _give_up_oldest(self) -> None:
         for index, (header, body) in enumerate(self._waiting):
             if body:
-                kept: Header = {key: header[key] for key in ("captured_s", "before") if key in header}
+                kept: Header = {key: header[key] for key in ("captured_s", "before")}
                 self._waiting[index] = ({**kept, "fault": "given up: the line reads too slowly"}, b"")
                 self._pictures -= 1
                 return
@@ -167,16 +167,15 @@ class SoftwareCamera(threading.Thread):
         if self._order["user"]:
             camera.set_property("user-id", self._order["user"])
             camera.set_property("user-pw", self._order["password"])
-        pad = pipeline.get_by_name("decoder").get_static_pad("sink")
-        pad.add_probe(self._gst.PadProbeType.BUFFER, self._note)
+        pipeline.get_by_name("decoder").get_static_pad("sink").add_probe(self._gst.PadProbeType.BUFFER, self._note)
 
     def _note(self, _: Any, info: Any) -> Any:  # noqa: ANN401
         """Remember an access unit before it is decoded, with its arrival and what may name its part."""
         buffer = info.get_buffer()
         before = before_picture(buffer.extract_dup(0, buffer.get_size()))
-        key_frame = not buffer.has_flags(self._gst.BufferFlags.DELTA_UNIT)
         with self._lock:
-            self._undecoded[buffer.pts] = (time.monotonic(), before, key_frame)
+            is_key = not buffer.has_flags(self._gst.BufferFlags.DELTA_UNIT)
+            self._undecoded[buffer.pts] = (time.monotonic(), before, is_key)
         if len(self._undecoded) > _MOST_UNDECODED:
             self._give_up_before(buffer.pts)
         return self._gst.PadProbeReturn.OK
@@ -188,28 +187,26 @@ class SoftwareCamera(threading.Thread):
             if sample is not None:
                 self._hand_over(sample)
                 continue
-            message = bus.pop_filtered(gst.MessageType.ERROR | gst.MessageType.EOS)
-            if message is not None and message.type == gst.MessageType.ERROR:
+            if (message := bus.pop_filtered(gst.MessageType.ERROR)) is not None:
                 error, _ = message.parse_error()
                 return {"lost": reason_of(error.domain, error.code), "text": error.message}
-            if message is not None or sink.get_property("eos"):
+            if sink.get_property("eos"):
                 break
         return {"ended": True}
 
     def _hand_over(self, sample: Any) -> None:  # noqa: ANN401
-        buffer, form = sample.get_buffer(), sample.get_caps().get_structure(0)
+        buffer, caps = sample.get_buffer(), sample.get_caps().get_structure(0)
         with self._lock:
-            arrival = self._undecoded.pop(buffer.pts, (time.monotonic(), "", False))
+            captured_s, before, key_frame = self._undecoded.pop(buffer.pts, (time.monotonic(), "", False))
         self._give_up_before(buffer.pts)
-        captured_s, before, key_frame = arrival
         self._damaged = (self._damaged and not key_frame) or buffer.has_flags(self._gst.BufferFlags.CORRUPTED)
         if self._damaged:
-            self._outlet.put({"fault": "a frame arrived damaged", "captured_s": captured_s, "before": before})
+            self._outlet.put({"fault": "built upon a bad frame", "captured_s": captured_s, "before": before})
             return
-        width, height = form.get_value("width"), form.get_value("height")
+        width, height = caps.get_value("width"), caps.get_value("height")
         body = buffer.extract_dup(0, buffer.get_size())
-        header = {"width": width, "height": height, "stride": len(body) // height, "captured_s": captured_s}
-        self._outlet.put({**header, "before": before}, body)
+        form = {"width": width, "height": height, "stride": len(body) // height}
+        self._outlet.put({**form, "captured_s": captured_s, "before": before}, body)
 
     def _give_up_before(self, pts: int | None) -> None:
         """Report what went into the decoder before `pts` and never came out; None means all."""
@@ -234,6 +231,7 @@ class HardwareGraph:
         self._port = int(start["port"])
         self._outlets: dict[str, Outlet] = {}
         self._cameras: dict[int, str] = {}
+        self._calls = ThreadPoolExecutor(1)  # REST calls, in order: a slow one must not hold up other cameras' orders
         # Kept, because the pipeline does not: the bindings hold on to the probe, not to the object behind it.
         self._reader: Any
         if "config" in start:
@@ -247,30 +245,33 @@ class HardwareGraph:
         self._pipeline.activate()
 
     def _build(self, nodes: list[Header], mux: str) -> None:
-        with tempfile.NamedTemporaryFile("w", suffix=".txt", delete=False) as settings:
-            settings.write(mux)
+        settings = os.memfd_create("mux")  # the mux wants a file's name; this one goes with the process
+        _write(settings, mux.encode())
         for node in nodes:
-            own = {"config-file-path": settings.name} if node["type"] == "nvmultiurisrcbin" else {}
+            own = {"config-file-path": f"/proc/self/fd/{settings}"} if node["type"] == "nvmultiurisrcbin" else {}
             self._pipeline.add(node["type"], node["name"], {**node["properties"], **own})
         self._pipeline.link(*(node["name"] for node in nodes))
 
     def open(self, order: Header, outlet: Outlet) -> None:
         """Add the camera; DeepStream connects on its own, and one that never sends is the line's to notice."""
         self._outlets[order["open"]] = outlet
-        if not self._rest("add", order["open"], _address(order)):
-            self._outlets.pop(order["open"]).close({"lost": "refused", "text": "DeepStream does not take the camera"})
+        self._calls.submit(self._add, order, outlet)
 
     def close(self, camera_id: str) -> None:
-        """Remove the camera and close its outlet."""
+        """Close its outlet, and let the camera be removed."""
         if (outlet := self._outlets.pop(camera_id, None)) is not None:
-            self._rest("remove", camera_id, "")
             outlet.close({"ended": True})
+            self._calls.submit(self._rest, "remove", camera_id, "")
 
     def deliver(self, source_id: int, header: Header, body: bytes) -> None:
         """Give a message to the camera that a source id stands for at this moment."""
         outlet = self._outlets.get(self._cameras.get(source_id, ""))
         if outlet is not None:
             outlet.put({**header, "captured_s": time.monotonic(), "before": ""}, body)
+
+    def _add(self, order: Header, outlet: Outlet) -> None:
+        if not self._rest("add", order["open"], _address(order)):
+            outlet.close({"lost": "refused", "text": "DeepStream does not take the camera"})
 
     def _on_message(self, message: object) -> None:
         """Follow which source id is which camera; an id may be another camera's after a removal."""
@@ -331,9 +332,9 @@ class HardwareGraph:
 
 def to_host(tensor: Any) -> Any:  # noqa: ANN401 (a pyservicemaker.Tensor in, a NumPy array out)
     """Copy a tensor to the host's memory as a NumPy array."""
-    import numpy as np
-
     if tensor.device_type == "CPU":
+        import numpy as np
+
         return np.from_dlpack(tensor).copy()
     import cupy
 
@@ -346,7 +347,7 @@ def scores_message(layers: dict[str, Any]) -> tuple[Header, bytes]:
     maps = [(name, values) for name, values in layers.items() if values.size > 1]
     if len(maps) != 1:
         return {"scores": scores}, b""
-    ((name, values),) = maps
+    name, values = maps[0]
     shape = [size for size in values.shape if size > 1]
     return {"scores": scores, "map": name, "shape": shape}, values.astype("<f4").tobytes()
 
@@ -367,9 +368,8 @@ def reason_of(domain: str, code: int) -> str:
 
 
 def _address(order: Header) -> str:
-    parts = urlsplit(order["url"])
     who = f"{quote(order['user'], safe='')}:{quote(order['password'], safe='')}@" if order["user"] else ""
-    return urlunsplit(parts._replace(netloc=who + parts.netloc))
+    return str(order["url"]).replace("://", "://" + who, 1)
 
 
 def _write(descriptor: int, data: bytes) -> None:

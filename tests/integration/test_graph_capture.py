@@ -157,6 +157,22 @@ def test_a_camera_that_accepts_and_says_nothing_times_out() -> None:
     assert caught.value.reason == "timeout"
 
 
+def test_a_graph_of_which_nothing_is_heard_is_replaced() -> None:
+    """Two cameras are silent: when the first is given up, the process goes, for it may have stopped as a whole."""
+    host = GraphHost({})
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"rtsp://127.0.0.1:{mute.getsockname()[1]}"
+        long = camera(f"{url}/long", connect_timeout_s=10, read_timeout_s=10)
+        short = camera(f"{url}/short", connect_timeout_s=0.3, read_timeout_s=0.3)
+        with GraphSource(long, host) as other:
+            with GraphSource(short, host) as source, pytest.raises(SourceError, match="timeout"):
+                source.read()
+            assert host.pid is None
+            with pytest.raises(SourceError) as caught:
+                other.read()
+        assert caught.value.reason == "capture_died"
+
+
 @pytest.mark.parametrize(("signal_number", "reason"), [(signal.SIGKILL, "capture_died"), (signal.SIGSTOP, "timeout")])
 def test_a_process_that_dies_or_hangs_is_replaced(playlist: Path, signal_number: int, reason: str) -> None:
     """Its cameras are lost with a reason, and opening one anew starts another process; a hung one is killed."""

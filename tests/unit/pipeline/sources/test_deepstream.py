@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import sys
 import threading
 import types
@@ -23,8 +24,9 @@ from pipeline.cameras import RtspCamera
 from pipeline.deepstream import read_inference
 from pipeline.errors import SourceError
 from pipeline.manifest import Manifest
-from pipeline.sources.deepstream import GraphPipe, part_id_in, pictures_start, scores_start
+from pipeline.sources.deepstream import GraphPipe, pictures_start, scores_start
 from pipeline.sources.graph_child import HardwareGraph, Outlet, before_picture, to_host
+from pipeline.sources.sei import part_id_in
 from pipeline.sources.stream import PART_ID_UUID
 from pipeline.types import Cause, Frame, Inference, Judgement, Scores, Threshold, ThresholdSource
 from pipeline.verdict import decide
@@ -140,12 +142,12 @@ def package(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def rest() -> Iterator[SimpleNamespace]:
     """The REST server of nvmultiurisrcbin, as far as it is spoken to."""
-    seen: list[tuple[str, Any]] = []
-    state = SimpleNamespace(seen=seen, status=200)
+    calls: queue.Queue[tuple[str, Any]] = queue.Queue()
+    state = SimpleNamespace(calls=calls, status=200)
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            seen.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            calls.put((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
             self.send_response(state.status)
             self.end_headers()
 
@@ -170,8 +172,11 @@ class PipeOnly:
         del camera_id, order
         return self.reader
 
-    def close(self, camera_id: str, reader: int) -> None:
-        del camera_id
+    def heard(self) -> None:
+        pass
+
+    def close(self, camera_id: str, reader: int, silent_s: float | None) -> None:
+        del camera_id, silent_s
         os.close(reader)
 
 
@@ -188,7 +193,7 @@ def test_deepstream_pictures_reach_the_camera_they_are_of(rest: SimpleNamespace)
     host = PipeOnly()
     with GraphPipe(CAMERA, host) as pipe:
         graph.open(ORDER, Outlet(host.writer))
-        ((path, body),) = rest.seen
+        path, body = rest.calls.get(timeout=5)
         assert (path, body["value"]["change"]) == ("/api/v1/stream/add", "camera_add")
         assert body["value"]["camera_url"] == "rtsp://eve:p%40ss@10.0.0.7/s"
         retriever, tips = pipeline.attached["pictures"]
@@ -208,7 +213,7 @@ def test_deepstream_pictures_reach_the_camera_they_are_of(rest: SimpleNamespace)
         graph.deliver(7, {"width": 1, "height": 1, "stride": 3}, b"abc")
         graph.close("c1")
         assert pipe.next() is None
-        assert rest.seen[-1][1]["value"]["change"] == "camera_remove"
+        assert rest.calls.get(timeout=5)[1]["value"]["change"] == "camera_remove"
 
 
 @pytest.mark.usefixtures("package")
