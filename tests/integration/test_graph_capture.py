@@ -87,7 +87,7 @@ def test_every_frame_arrives_with_its_part_id_and_the_colours_of_the_other_decod
         assert np.abs(ours.image.astype(int) - theirs.image).mean() < COLOUR_TOLERANCE
     assert [picture.part_id for picture in found["gstreamer"]] == [f"é-{number}" for number in range(PICTURES)]
     waits = np.diff([picture.captured_s for picture in found["gstreamer"]])
-    assert 0.05 < np.median(waits) < 0.2  # the times are those of arrival: ten a second
+    assert 0.02 < np.median(waits) < 0.5  # the times are those of arrival, ten a second, not those of reading
 
 
 def test_a_lost_camera_ends_alone(playlist: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_lost_camera_ends_alone(playlist: Path) -> None:
         cameras(playlist, "left") as good,
         GraphSource(camera(good["left"]), host) as left,
     ):
-        with GraphSource(camera(silent["silent"], read_timeout_s=0.5), host) as lost:
+        with GraphSource(camera(silent["silent"], read_timeout_s=1.0), host) as lost:
             assert [lost.read().part_id for _ in range(3)] == ["é-0", "é-1", "é-2"]
             with pytest.raises(SourceError, match="timeout") as caught:
                 lost.read()
@@ -245,7 +245,7 @@ def test_a_line_that_reads_too_slowly_loses_no_part_silently(playlist: Path) -> 
     """Pictures that find no room become faults with their part ids: every part is accounted for, in order."""
     with cameras(playlist, "left") as addresses, open_source(camera(addresses["left"])) as source:
         found = [source.read().part_id]
-        time.sleep(PICTURES / 10 + 0.5)
+        time.sleep(2 * PICTURES / 10)  # twice the time in which all are sent
         given_up = 0
         while len(found) < PICTURES:
             try:
