@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -97,13 +98,15 @@ def test_a_lost_camera_ends_alone(playlist: Path) -> None:
         cameras(playlist, "silent", options=("--stall-after", "3")) as silent,
         cameras(playlist, "left") as good,
         GraphSource(camera(good["left"]), host) as left,
+        ThreadPoolExecutor(1) as reader,
     ):
+        pictures = reader.submit(read_all, left)
         with GraphSource(camera(silent["silent"], read_timeout_s=1.0), host) as lost:
             assert [lost.read().part_id for _ in range(3)] == ["é-0", "é-1", "é-2"]
             with pytest.raises(SourceError, match="timeout") as caught:
                 lost.read()
         assert (caught.value.reason, caught.value.final) == ("timeout", False)
-        assert len(read_all(left)) == PICTURES
+        assert len(pictures.result(timeout=30)) == PICTURES
         assert host.pid is not None
     assert host.pid is None
 
