@@ -60,6 +60,9 @@ class RtspCamera(_Camera):
     """Longest silence before the stream counts as lost and is opened anew."""
     retry_max_s: Positive = 15.0
     """Longest pause between two attempts; pauses double from 0.5 s."""
+    decoder: Literal["ffmpeg", "gstreamer", "deepstream"] = "ffmpeg"
+    """Who decodes: FFmpeg in the worker, GStreamer in a process beside it, or DeepStream on the GPU, also beside it.
+    DeepStream reads no part ids from the stream; its cameras of one `picture_size` share a process."""
 
     @field_validator("url")
     @classmethod

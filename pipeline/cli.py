@@ -25,7 +25,7 @@ from rich.live import Live
 from rich.table import Table
 
 from pipeline import config as configuration
-from pipeline import logs
+from pipeline import deepstream, logs
 from pipeline.app import Line, read_manifests
 from pipeline.errors import CheckError, ConfigError, LineError
 from pipeline.events import schemas
@@ -48,11 +48,13 @@ cameras_app = typer.Typer(help="Cameras of the line.", no_args_is_help=True)
 thresholds_app = typer.Typer(help="Limits per product, kept in Redis.", no_args_is_help=True)
 verdicts_app = typer.Typer(help="Verdicts on Kafka.", no_args_is_help=True)
 config_app = typer.Typer(help="The line file.", no_args_is_help=True)
+deepstream_app = typer.Typer(help="The all-GPU alternative.", no_args_is_help=True)
 for name, group in (
     ("cameras", cameras_app),
     ("thresholds", thresholds_app),
     ("verdicts", verdicts_app),
     ("config", config_app),
+    ("deepstream", deepstream_app),
 ):
     app.add_typer(group, name=name)
 
@@ -274,6 +276,18 @@ def config_schema(
 ) -> None:
     """Print the JSON Schema of the line file, for editors and charts."""
     sys.stdout.write(json.dumps(schemas() if wire else configuration.schema(), indent=2) + "\n")
+
+
+@deepstream_app.command("render")
+def deepstream_render(
+    config: Annotated[Path, typer.Argument(help="The line file.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to: one below it for each product.")],
+    root: Annotated[Path | None, typer.Option(help="Where DeepStream will find the folder. Default: --out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write DeepStream's graphs for a line: its cameras, the ensemble on Triton, and where its scores come out."""
+    written = [str(path) for path in deepstream.write(configuration.load(config), out, root or out.resolve())]
+    _answer({"written": written}, as_json, "\n".join(written))
 
 
 class _Interrupted:

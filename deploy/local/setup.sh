@@ -66,11 +66,11 @@ import gi
 gi.require_version("GstRtspServer", "1.0")
 from gi.repository import Gst, GstRtspServer
 Gst.init(None)
-raise SystemExit(any(Gst.ElementFactory.find(name) is None for name in ("rtph264pay", "h264parse", "x264enc")))
+raise SystemExit(any(Gst.ElementFactory.find(name) is None for name in ("rtph264pay", "h264parse", "x264enc", "avdec_h264")))
 EOF
 }
 GSTREAMER_PACKAGES=(python3-gi gir1.2-gst-rtsp-server-1.0 gstreamer1.0-plugins-good gstreamer1.0-plugins-bad
-  gstreamer1.0-plugins-ugly)
+  gstreamer1.0-plugins-ugly gstreamer1.0-libav)
 
 SUDO=()
 install_packages() {

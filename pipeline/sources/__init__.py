@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Protocol
 
 from pipeline.cameras import Camera, FolderCamera, RtspCamera
+from pipeline.sources.deepstream import open_graph
 from pipeline.sources.files import FolderSource, open_video
 from pipeline.sources.rtsp import open_rtsp
 from pipeline.types import Picture
@@ -37,7 +38,7 @@ class Source(Protocol):
 def open_source(camera: Camera) -> Source:
     """Make the source for a camera's configuration; nothing is opened yet."""
     if isinstance(camera, RtspCamera):
-        return open_rtsp(camera)
+        return open_rtsp(camera) if camera.decoder == "ffmpeg" else open_graph(camera, camera.decoder)
     if isinstance(camera, FolderCamera):
         return FolderSource(camera.path)
     return open_video(camera.path)
