@@ -28,7 +28,6 @@ from pipeline import config as configuration
 from pipeline import logs
 from pipeline.app import Line, read_manifests
 from pipeline.errors import CheckError, ConfigError, LineError
-from pipeline.events import schemas
 from pipeline.inference import InferenceClient
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.metrics import LineSnapshot
@@ -36,6 +35,7 @@ from pipeline.screen import draw, verdict_line
 from pipeline.tail import VerdictReader
 from pipeline.thresholds import ThresholdStore
 from pipeline.types import CameraState
+from pipeline.wire import schemas
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = Path("deploy/config/line.yaml")

@@ -25,16 +25,17 @@ def test_a_line_before_its_first_frame():
     assert "p50 - ms" in text
 
 
-def test_what_went_wrong_is_in_the_table():
+def test_what_went_wrong_is_in_the_table(make_part):
     """A lost camera's reason, every kind of verdict, open parts and lost verdicts are all shown."""
     metrics = Metrics()
     metrics.camera("cam-1", product="tray", station="s1")
     metrics.camera_state("cam-1", CameraState.LOST, "timeout")
     for judgement, count in zip(Judgement, (11, 22, 33, 44), strict=True):
         for _ in range(count):
-            metrics.frame("cam-1")
-            metrics.verdict("cam-1", judgement, Cause.DEADLINE if judgement == "UNINSPECTED" else None, 0.1)
-    metrics.frame("cam-1")
+            metrics.triggered("s1", 1)
+            metrics.view("cam-1", judgement, Cause.DEADLINE if judgement == "UNINSPECTED" else None, 0.1)
+            metrics.verdict(make_part(judgement=judgement))
+    metrics.triggered("s1", 1)
     metrics.queued("cam-1", 7)
     metrics.undelivered(2, parts=1)
     text = text_of(metrics, {"cam-1": 4.56})
