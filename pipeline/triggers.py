@@ -217,11 +217,7 @@ class TriggerReader:
         self._refuse(replace(event, done=partial(self.settled, receipt)))
 
     def _trigger(self, data: TriggerData, record: Any) -> Trigger | None:  # noqa: ANN401 (as above)
-        """Make the trigger of a record; None for another line's or station's. Raises ValueError for an unknown camera.
-
-        The sender's clock is believed as far as the station's window reaches: an older stamp, or one of the future, is
-        that of a clock that runs elsewhere, and the part counts from the record's arrival.
-        """
+        """Make the trigger of a record; None for that of others. Raises ValueError for an unknown camera."""
         station = self._stations.get(data.station)
         if station is None or (data.line is not None and data.line != self._line):
             return None
@@ -229,15 +225,15 @@ class TriggerReader:
         if strange := [camera for camera in data.cameras or () if camera not in known]:
             raise ValueError(f"cameras: station {station.name} has no camera {strange[0]!r}")
         now_at, now_s = datetime.now(UTC), time.monotonic()
-        age_s = (now_at - data.triggered_at).total_seconds() if data.triggered_at is not None else 0.0
+        triggered_at = data.triggered_at or now_at
         return Trigger(
             station=station.name,
             part_id=data.part_id,
             meas_id=data.meas_id,
             product=data.recipe_id,
             cameras=tuple(data.cameras) if data.cameras is not None else None,
-            triggered_at=data.triggered_at or now_at,
-            triggered_s=now_s - age_s if 0 <= age_s <= station.window_s else now_s,
+            triggered_at=triggered_at,
+            triggered_s=now_s - believed_age_s(triggered_at, now_at, station.window_s),
             receipt=(record.partition, record.offset),
             stale=record.offset < self._backlog.get(record.partition, 0),
         )
@@ -256,3 +252,13 @@ class TriggerReader:
         }
         self._consumer.commit(offsets, timeout_ms=_COMMIT_MS)
         self._committed |= moved
+
+
+def believed_age_s(triggered_at: datetime, now_at: datetime, window_s: float) -> float:
+    """Tell how long ago a trigger was, by its sender's clock, as far as that is believed.
+
+    That is as far as the station's window reaches: an older stamp, or one of the future, is that of a clock that runs
+    elsewhere or has jumped, and the part counts from its record's arrival.
+    """
+    age_s = (now_at - triggered_at).total_seconds()
+    return age_s if 0 <= age_s <= window_s else 0.0
