@@ -28,6 +28,7 @@ from pipeline import config as configuration
 from pipeline import logs
 from pipeline.app import Line, read_manifests
 from pipeline.errors import CheckError, ConfigError, LineError
+from pipeline.health import Health
 from pipeline.inference import InferenceClient
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.metrics import LineSnapshot
@@ -35,6 +36,7 @@ from pipeline.screen import draw, verdict_line
 from pipeline.tail import VerdictReader
 from pipeline.thresholds import ThresholdStore
 from pipeline.types import CameraState
+from pipeline.warmup import warm_up
 from pipeline.wire import schemas
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,15 +127,18 @@ def check(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     client = InferenceClient(settings.triton, manifests)
     try:
         client.start()
+        warm_up(client, manifests, Health(), timeout_s=settings.triton.startup_timeout_s)
     finally:
         client.close()
-    done.append(f"Triton at {settings.triton.address}, signatures of {', '.join(manifests)}")
+    done.append(f"Triton at {settings.triton.address}, signatures and scores of {', '.join(manifests)}")
     store = ThresholdStore(settings.redis)
     for product in manifests:
         store.get(product)
     done.append(f"Redis at {settings.redis.url}")
-    with VerdictReader(settings.kafka, start="now"):
-        done.append(f"Kafka at {', '.join(settings.kafka.bootstrap)}")
+    triggered = any(station.trigger == "message" for station in settings.stations)
+    for topic in ("verdict.v1", "trigger.v1") if triggered else ("verdict.v1",):
+        with VerdictReader(settings.kafka, topic=topic, start="now"):
+            done.append(f"Kafka at {', '.join(settings.kafka.bootstrap)}, topic {topic}")
     _answer({"ok": True, "checked": done}, as_json, "\n".join(f"good  {what}" for what in done))
 
 

@@ -36,7 +36,7 @@ from pipeline.cameras import (
     without_credentials,
 )
 from pipeline.errors import ConfigError
-from pipeline.stations import Station, View
+from pipeline.stations import Station, StationView
 
 ENV_PREFIX = "LOGICRD_"
 MODELINE = "# yaml-language-server: $schema="
@@ -217,7 +217,7 @@ class LineConfig(BaseSettings):
     def _with_views(self, station: Station) -> Station:
         if station.views or station.trigger == "free_run":
             return station
-        views = [View(camera=camera.id) for camera in self.cameras if camera.station == station.name]
+        views = [StationView(camera=camera.id) for camera in self.cameras if camera.station == station.name]
         return station.model_copy(update={"views": views})
 
 
@@ -319,7 +319,7 @@ def _known_keys(place: list[int | str]) -> list[str]:
     if place[0] == "cameras":
         return sorted({key for kind in (RtspCamera, VideoCamera, FolderCamera) for key in kind.model_fields})
     if place[0] == "stations":
-        return list((View if "views" in place else Station).model_fields)
+        return list((StationView if "views" in place else Station).model_fields)
     block = LineConfig.model_fields.get(str(place[0]))
     annotation = block.annotation if block is not None else None
     return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
-from pipeline.stations import View
+from pipeline.stations import StationView
 from pipeline.types import Cause, Frame, Judgement, MissingView, Part, PartVerdict, ViewVerdict
 
 
@@ -22,7 +22,7 @@ class OpenPart:
 
     part: Part
     sequence: int
-    views: tuple[View, ...]
+    views: tuple[StationView, ...]
     awaited: set[str]
     number: int | None = None
     recipe: str | None = None

@@ -79,6 +79,7 @@ class Judge:
         # Answers and faults; a full queue makes the one who puts wait, no longer than 1 s.
         self._results: queue.Queue[Inference] = queue.Queue(_MAX_RESULTS)
         self._lost: set[str] = set()
+        self._uncounted: set[str] = set()
         self._over = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=_STAGE, daemon=True)
@@ -121,7 +122,12 @@ class Judge:
 
     def camera_is(self, camera_id: str, state: CameraState) -> None:
         """Note a camera's state, so that a view that does not come is named for its cause."""
-        (self._lost.add if state in {CameraState.LOST, CameraState.FAILED} else self._lost.discard)(camera_id)
+        if state not in {CameraState.LOST, CameraState.FAILED}:
+            self._lost.discard(camera_id)
+            return
+        self._lost.add(camera_id)
+        with self._lock:
+            self._parts.reopen(camera_id)
 
     def put(self, inference: Inference) -> None:
         """Queue an answer or a fault from any thread; one that finds no room is left to its part's deadline."""
@@ -142,6 +148,7 @@ class Judge:
         self._audit(arrival.strays)
         ready: list[Frame] = []
         for frame in arrival.frames:
+            self._watch_count(frame)
             if frame.cause is not None:
                 self.put(Inference(frame, cause=frame.cause))
             elif frame.product not in self._manifests:
@@ -149,6 +156,18 @@ class Judge:
             else:
                 ready.append(frame)
         return ready
+
+    def _watch_count(self, frame: Frame) -> None:
+        """Say once of a camera that it has no trigger counter where one is asked for: its missed parts go unseen."""
+        counts = frame.part_id_source != "counter" or frame.trigger_count is not None or frame.image is None
+        if not counts and frame.camera_id not in self._uncounted:
+            self._uncounted.add(frame.camera_id)
+            log.error(
+                "camera gives no trigger counter: missed parts of its station cannot be seen",
+                camera=frame.camera_id,
+                station=frame.station,
+                hint="set the station's `trigger` to free_run or message, or use a camera that counts its triggers",
+            )
 
     def _run(self) -> None:
         collect_s = time.monotonic()
@@ -237,6 +256,8 @@ class Judge:
     def _audit(self, strays: Iterable[Stray]) -> None:
         for stray in strays:
             self._metrics.stray(stray.frame.station, stray.reason)
+            if stray.reason is StrayReason.LATE_RESULT and stray.scores is None:
+                continue  # a fault that came late says nothing that the verdict has not said
             self._sink.put(self._encoder.audit(stray, datetime.now(UTC)))
 
     def _count(self, view: ViewVerdict) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from pipeline.fusion import OpenPart
-from pipeline.stations import Station, View
+from pipeline.stations import Station, StationView
 from pipeline.types import Cause, Frame, Part, PartVerdict, Stray, StrayReason, Trigger, ViewVerdict
 
 # Per station: parts remembered after their verdict, to tell a late frame; triggers remembered, to tell a repeated one;
@@ -129,6 +129,7 @@ class Parts:
         self._run = run
         self._stations: dict[str, _Station] = {}
         self._by_frame: dict[tuple[str, int], OpenPart] = {}
+        self._reopened: set[str] = set()
         self._undecided = 0
 
     def __len__(self) -> int:
@@ -172,6 +173,10 @@ class Parts:
                 part.give_up(view.camera, Cause.DEADLINE)
             self._decide(part, trigger.triggered_s)
         return Arrival(tuple(self._claim_held(station)), opened=1)
+
+    def reopen(self, camera_id: str) -> None:
+        """Note that a camera was lost: its trigger counter may start anew, and an equal count is then no repeat."""
+        self._reopened.add(camera_id)
 
     def awaits(self, frame: Frame) -> Part | None:
         """Give the part that still waits for this frame's verdict; None when it has its verdict already."""
@@ -228,7 +233,7 @@ class Parts:
         self,
         station: _Station,
         part: Part,
-        views: Iterable[View],
+        views: Iterable[StationView],
         *,
         number: int | None = None,
         recipe: str | None = None,
@@ -263,7 +268,7 @@ class Parts:
 
     def _alone(self, station: _Station, frame: Frame) -> Arrival:
         """Open the part of which this frame is all."""
-        view = (station.plan.view(frame.camera_id) if station.plan is not None else None) or View(
+        view = (station.plan.view(frame.camera_id) if station.plan is not None else None) or StationView(
             camera=frame.camera_id
         )
         part = Part(
@@ -284,7 +289,9 @@ class Parts:
         count = frame.trigger_count
         if count is None:  # a damaged picture: the camera has counted on
             count = 0 if known is None else known[0] + 1
-        if known is not None and count == known[0]:
+        reopened = camera_id in self._reopened
+        self._reopened.discard(camera_id)
+        if known is not None and count == known[0] and not reopened:
             return Arrival(strays=(Stray(frame, StrayReason.DUPLICATE_FRAME),))
         opened, reset = 0, False
         if known is not None and 0 < count - known[0] <= plan.max_missed + 1 and station.fits(frame, count + known[1]):
@@ -335,7 +342,7 @@ class Parts:
         product = self._product(plan.views[0])
         return Part(plan.name, part_id, source, product, frame.captured_at, frame.captured_s, frame.deadline_s)
 
-    def _part_of_trigger(self, views: list[View], trigger: Trigger) -> Part:
+    def _part_of_trigger(self, views: list[StationView], trigger: Trigger) -> Part:
         return Part(
             trigger.station,
             trigger.part_id,
@@ -348,8 +355,8 @@ class Parts:
             receipt=trigger.receipt,
         )
 
-    def _product(self, view: View) -> str:
-        return view.product or self._products[view.camera]
+    def _product(self, view: StationView) -> str:
+        return view.product or self._products.get(view.camera, "")  # a camera that is not read here has none
 
 
 def _released(station: _Station) -> Iterator[PartVerdict]:

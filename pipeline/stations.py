@@ -13,7 +13,7 @@ from pydantic import Field
 from pipeline.cameras import Block, Name, Product
 
 
-class View(Block):
+class StationView(Block):
     """One camera's look at a part."""
 
     camera: Name
@@ -32,7 +32,7 @@ class Station(Block):
     trigger: Literal["free_run", "counter", "message"] = "free_run"
     """What tells that a part is there. `free_run`: its first frame. `counter`: the camera's trigger counter, whose gaps
     are missed parts. `message`: a record on `<prefix>.trigger.v1`."""
-    views: list[View] = Field(default=[])
+    views: list[StationView] = Field(default=[])
     """The views of a part. Unset: in `free_run` each frame is a part, else all cameras of the station are required."""
     recipes: list[Product] = Field(default=[])
     """Products that a trigger may name besides those of the cameras; loaded and warmed up at start."""
@@ -47,6 +47,6 @@ class Station(Block):
         """`window_ms` in seconds."""
         return self.window_ms / 1e3
 
-    def view(self, camera_id: str) -> View | None:
+    def view(self, camera_id: str) -> StationView | None:
         """Find a camera's view."""
         return next((view for view in self.views if view.camera == camera_id), None)

@@ -105,7 +105,7 @@ class TriggerReader:
         if not self._stations:
             return
         try:
-            self._consumer = self._connected()
+            self._find_place()
         except KafkaError as error:
             servers = ", ".join(self._settings.bootstrap)
             raise DependencyError(
@@ -135,11 +135,11 @@ class TriggerReader:
         elif self._consumer is not None:
             self._consumer.close()
 
-    def _connected(self) -> KafkaConsumer:
+    def _find_place(self) -> None:
         # No group protocol: this worker reads every partition and takes what is for its stations. The group's name only
         # keeps the place; it holds the stations, so that workers of one line keep places of their own.
         group = f"logicrd.{self._line}.{'+'.join(sorted(self._stations))}"
-        consumer = KafkaConsumer(
+        consumer = self._consumer = KafkaConsumer(
             bootstrap_servers=self._settings.bootstrap,
             client_id="logicrd-triggers",
             group_id=group,
@@ -152,7 +152,6 @@ class TriggerReader:
             TopicPartition(self._topic, number) for number in consumer.partitions_for_topic(self._topic) or ()
         ]
         if not partitions:
-            consumer.close()
             raise DependencyError(f"Kafka has no topic {self._topic}", hint="`logicrd stack up` makes it")
         consumer.assign(partitions)
         ends = consumer.end_offsets(partitions)
@@ -161,9 +160,7 @@ class TriggerReader:
             consumer.seek(partition, ends[partition] if place is None else place)
             self._places.next[partition.partition] = ends[partition] if place is None else place
             self._backlog[partition.partition] = ends[partition]
-        self._consumer = consumer
         self._commit()
-        return consumer
 
     def _run(self) -> None:
         assert self._consumer is not None  # noqa: S101 (set by connect)

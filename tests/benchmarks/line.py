@@ -31,7 +31,7 @@ from pipeline.config import Kafka
 from pipeline.errors import LineError
 from pipeline.events import Encoder, Place
 from pipeline.parts import Parts
-from pipeline.stations import Station, View
+from pipeline.stations import Station, StationView
 from pipeline.tail import VerdictReader
 from pipeline.types import Frame, Inference, Judgement, Scores, Trigger, Verdict, ViewVerdict
 
@@ -117,7 +117,7 @@ def fusion_ms(views: int = 4, parts: int = 2000) -> dict[str, float]:
     one frame, as without stations, is the measure beside it.
     """
     cameras = [f"c{number}" for number in range(views)]
-    station = Station(name="s", trigger="message", views=[View(camera=camera) for camera in cameras])
+    station = Station(name="s", trigger="message", views=[StationView(camera=camera) for camera in cameras])
     alone = Parts({}, {}, budget_s=10.0, run="r")
     together = Parts({"s": station}, dict.fromkeys(cameras, "p"), budget_s=10.0, run="r")
     encoder = Encoder(Place("site", "area", "line", "worker", 10_000.0), "binary")

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.parts import Parts
-from pipeline.stations import Station, View
+from pipeline.stations import Station, StationView
 from pipeline.types import Cause, Judgement, StrayReason, Trigger, Verdict
 
 BUDGET_S = 2.0
 PRODUCTS = {"c1": "tray", "c2": "tray", "c3": "tray"}
-BOTH = [View(camera="c1"), View(camera="c2")]
+BOTH = [StationView(camera="c1"), StationView(camera="c2")]
 
 
 class Bench:
@@ -167,7 +167,7 @@ def test_a_missing_view_makes_the_part_uninspected_at_its_deadline(bench, lost, 
 
 def test_an_optional_view_may_be_missing(bench):
     """The part is what its required views say, and the missing one is named all the same."""
-    line = bench(views=[View(camera="c1"), View(camera="c2", required=False)])
+    line = bench(views=[StationView(camera="c1"), StationView(camera="c2", required=False)])
     line.judge(line.frame("c1", part_id="p").frames[0])
     ((verdict,), _) = line.end(BUDGET_S)
     assert told([verdict]) == [("p", "OK", ())]
@@ -197,7 +197,7 @@ def test_parts_of_several_views_are_conserved(make_frame, make_view, events, gap
 
     An OK part has both required views, OK.
     """
-    plan = Station(name="s1", views=[*BOTH, View(camera="c3", required=False)])
+    plan = Station(name="s1", views=[*BOTH, StationView(camera="c3", required=False)])
     line = Bench(make_frame, make_view, plan)
     opened, used, strays, verdicts = 0, 0, 0, []
     for number, (camera, part_id, judgement) in enumerate(events):
@@ -223,7 +223,7 @@ def test_parts_of_several_views_are_conserved(make_frame, make_view, events, gap
 
 def test_a_gap_of_the_counter_is_a_missed_part(bench):
     """Counts 5, 6, 9: parts 7 and 8 are UNINSPECTED at once with their cause, in their places; ids are the counts."""
-    line = bench(trigger="counter", views=[View(camera="c1")])
+    line = bench(trigger="counter", views=[StationView(camera="c1")])
     verdicts = []
     for count in (5, 6, 9):
         for frame in line.frame(at=count / 10, trigger_count=count).frames:
@@ -242,7 +242,7 @@ def test_a_gap_of_the_counter_is_a_missed_part(bench):
 @pytest.mark.parametrize("count", [0, 3, 2**32 - 1], ids=["reset", "back", "jump"])
 def test_a_counter_that_was_reset_makes_no_parts(bench, count):
     """A count that went back, or far ahead, is a counter aligned anew: one part, with a number of its own."""
-    line = bench(trigger="counter", views=[View(camera="c1")], max_missed=10)
+    line = bench(trigger="counter", views=[StationView(camera="c1")], max_missed=10)
     line.frame(at=0.0, trigger_count=7)
     arrival = line.frame(at=1.0, trigger_count=count)
     assert (arrival.opened, arrival.reset, arrival.frames[0].part_id) == (1, True, "s1-R-8")
@@ -251,10 +251,20 @@ def test_a_counter_that_was_reset_makes_no_parts(bench, count):
 
 def test_the_same_count_again_is_a_duplicate(bench):
     """A repeated count opens nothing; a picture without one is the next part, as a damaged one is."""
-    line = bench(trigger="counter", views=[View(camera="c1")])
+    line = bench(trigger="counter", views=[StationView(camera="c1")])
     line.frame(trigger_count=7)
     assert [stray.reason for stray in line.frame(trigger_count=7).strays] == [StrayReason.DUPLICATE_FRAME]
     assert line.frame(trigger_count=None, cause=Cause.FRAME_CORRUPT, image=None).frames[0].part_id == "s1-R-8"
+
+
+def test_the_same_count_of_a_camera_that_was_lost_is_the_next_part(bench):
+    """Its counter has started anew: the part is judged, and only a repeat without a loss is a duplicate."""
+    line = bench(trigger="counter", views=[StationView(camera="c1")])
+    line.frame(at=1.0, trigger_count=0)
+    line.parts.reopen("c1")
+    arrival = line.frame(at=5.0, trigger_count=0)
+    assert (arrival.reset, arrival.frames[0].part_id) == (True, "s1-R-1")
+    assert [stray.reason for stray in line.frame(at=6.0, trigger_count=0).strays] == [StrayReason.DUPLICATE_FRAME]
 
 
 def test_counters_of_two_cameras_are_aligned_by_their_first_frames(bench):
@@ -287,7 +297,7 @@ def test_a_camera_that_missed_a_trigger_without_counting_it_is_aligned_anew(benc
 @given(counts=st.lists(st.integers(0, 60), max_size=25), max_missed=st.integers(0, 8))
 def test_counted_parts_are_conserved_and_bounded(make_frame, make_view, counts, max_missed):
     """Whatever a counter does: one verdict a part, in order, and no more than `max_missed` missed ones a frame."""
-    plan = Station(name="s1", trigger="counter", views=[View(camera="c1")], max_missed=max_missed)
+    plan = Station(name="s1", trigger="counter", views=[StationView(camera="c1")], max_missed=max_missed)
     line = Bench(make_frame, make_view, plan)
     opened, verdicts = 0, []
     for number, count in enumerate(counts):
@@ -306,7 +316,7 @@ def test_counted_parts_are_conserved_and_bounded(make_frame, make_view, counts, 
 
 def test_a_trigger_opens_the_part_and_names_it(bench):
     """The frame takes the trigger's part, product and deadline, which counts from the trigger."""
-    line = bench(trigger="message", views=[View(camera="c1")])
+    line = bench(trigger="message", views=[StationView(camera="c1")])
     assert line.trigger("p", at=10.0, product="lid", meas_id="m", receipt=(3, 9)).opened == 1
     (frame,) = line.frame(at=10.3).frames
     assert (frame.part_id, frame.part_id_source, frame.product, frame.deadline_s) == ("p", "trigger", "lid", 12.0)
@@ -336,7 +346,7 @@ def test_a_frame_without_a_trigger_makes_no_part(bench):
 
 def test_a_frame_may_come_before_its_trigger(bench):
     """It is held for the window, then claimed by the trigger."""
-    line = bench(trigger="message", views=[View(camera="c1")], window_ms=500)
+    line = bench(trigger="message", views=[StationView(camera="c1")], window_ms=500)
     line.frame("c1", at=1.0)
     (frame,) = line.trigger("p", at=1.4).frames
     assert frame.part_id == "p"
@@ -362,16 +372,18 @@ def test_frames_belong_to_the_product_by_trigger_time(bench):
 
 
 def test_a_lost_frame_shifts_no_other(bench):
-    """The frame of the second trigger is not taken for that of the first, whose own was lost."""
-    line = bench(trigger="message", views=[View(camera="c1")], window_ms=400)
+    """A frame is the latest trigger's before it, not an earlier one's whose own was lost, nor beyond the window."""
+    line = bench(trigger="message", views=[StationView(camera="c1")], window_ms=400)
     line.trigger("a", at=1.0)
-    line.trigger("b", at=2.0)
-    assert line.frame(at=2.1).frames[0].part_id == "b"
+    line.trigger("b", at=1.3)
+    assert line.frame(at=1.35).frames[0].part_id == "b"
+    assert line.frame(at=1.41).frames == ()
+    assert line.frame(at=1.39).frames[0].part_id == "a"
 
 
 def test_a_stamped_frame_is_matched_by_its_id_alone(bench):
     """A frame that carries another part's id is not the triggered part's, however near in time."""
-    line = bench(trigger="message", views=[View(camera="c1")])
+    line = bench(trigger="message", views=[StationView(camera="c1")])
     line.trigger("a", at=1.0)
     assert line.frame(at=1.1, part_id="b").frames == ()
     assert line.frame(at=1.2, part_id="a").frames[0].part_id == "a"
@@ -389,14 +401,14 @@ def test_a_trigger_may_name_some_of_the_cameras(bench):
 
 def test_a_view_with_a_product_of_its_own_keeps_it(bench):
     """The trigger's recipe is for the other views."""
-    line = bench(trigger="message", views=[View(camera="c1"), View(camera="c2", product="cap")])
+    line = bench(trigger="message", views=[StationView(camera="c1"), StationView(camera="c2", product="cap")])
     line.trigger("p", product="lid")
     assert [line.frame(camera).frames[0].product for camera in ("c1", "c2")] == ["lid", "cap"]
 
 
 def test_a_trigger_that_nobody_heard_in_time_is_uninspected_at_once(bench):
     """One that was sent while no worker listened gets its verdict, and takes no frame of a later part."""
-    line = bench(trigger="message", views=[View(camera="c1")])
+    line = bench(trigger="message", views=[StationView(camera="c1")])
     line.trigger("old", at=1.0, stale=True)
     line.trigger("new", at=1.0)
     assert line.frame(at=1.1).frames[0].part_id == "new"
@@ -405,7 +417,7 @@ def test_a_trigger_that_nobody_heard_in_time_is_uninspected_at_once(bench):
 
 def test_frames_that_wait_for_triggers_are_bounded(bench):
     """A camera that runs free at a station of triggers fills no memory: the oldest frame gives way, as a stray."""
-    line = bench(trigger="message", views=[View(camera="c1")], window_ms=60_000)
+    line = bench(trigger="message", views=[StationView(camera="c1")], window_ms=60_000)
     strays = [line.frame(at=n / 100).strays for n in range(70)]
     assert [len(some) for some in strays] == [0] * 64 + [1] * 6
 

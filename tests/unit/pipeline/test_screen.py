@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from pipeline.metrics import Metrics
-from pipeline.screen import draw
+from pipeline.screen import draw, verdict_line
 from pipeline.types import CameraState, Cause, Judgement
 
 
@@ -42,3 +42,24 @@ def test_what_went_wrong_is_in_the_table(make_part):
     (row,) = [line.replace("│", " ").split() for line in text.splitlines() if "cam-1" in line]
     assert row == ["cam-1", "tray", "lost", "(timeout)", "4.6", "11", "22", "33", "44", "100", "100", "7"]
     assert "parts 111   open 1   acknowledged by Kafka 0   lost 1" in text
+
+
+def test_a_verdict_names_its_missing_views():
+    """One line tells part, verdict, reasons and the cameras whose view did not come."""
+    data = {"partId": "p-7", "verdict": "UNINSPECTED", "reasonCodes": ["deadline"], "sequence": 3, "views": []}
+    data |= {"threshold": None, "missingViews": [{"cameraId": "cam-2", "required": True, "cause": "deadline"}]}
+    event = {"attributes": {"time": "2026-11-23T12:00:01.500Z"}, "data": data, "key": "l1/s1"}
+    line = verdict_line(event)
+    assert line.split() == [
+        "12:00:01.500",
+        "l1/s1",
+        "#3",
+        "UNINSPECTED",
+        "p-7",
+        "score",
+        "-",
+        "/",
+        "-",
+        "deadline,cam-2",
+        "missing",
+    ]
