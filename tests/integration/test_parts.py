@@ -174,6 +174,23 @@ def test_triggers_make_the_parts(stack, line_file, products, tmp_path, send):
     assert station["triggered"] == sum(station["judgements"].values()) == 5
 
 
+def test_a_trigger_for_a_camera_that_is_away_ends_on_time_with_its_name(stack, line_file, products, send):
+    """UNINSPECTED at the deadline, `camera_lost`, and the camera is named; the trigger's own part is the verdict's."""
+    made = line_file(stack, budget_ms=2000)
+    made.camera(type="rtsp", url="rtsp://127.0.0.1:9/none", product=products[0], station=STATION, connect_timeout_s=1)
+    made.settings["stations"] = [{"name": STATION, "trigger": "message"}]
+    with LineProcess(made.write()) as line:
+        started(line)
+        wait_until(lambda: "camera lost" in line.log(), 30, "a lost camera")
+        send(made.name, "part-1")
+        verdicts = received(stack.endpoints["kafka"], made.name, at_least=1, timeout_s=30)
+        line.stop()
+    (data,) = by_part(verdicts).values()
+    assert (data["partId"], data["verdict"], data["reasonCodes"]) == ("part-1", "UNINSPECTED", ["camera_lost"])
+    assert data["missingViews"] == [{"cameraId": "cam-1", "required": True, "cause": "camera_lost"}]
+    assert 2000 <= data["timing"]["decidedMs"] < 4000
+
+
 @pytest.mark.usefixtures("lenient")
 def test_frames_belong_to_their_triggers_product_across_a_changeover(stack, line_file, products, tmp_path, send):
     """The old product's frame comes after the new one's trigger; a product that is not loaded has a named verdict."""
