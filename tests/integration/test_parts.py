@@ -92,10 +92,10 @@ def started(line: LineProcess) -> None:
 @pytest.mark.usefixtures("lenient")
 def test_two_cameras_make_one_part_and_a_late_frame_changes_nothing(stack, line_file, products, tmp_path):
     """Same id, one verdict with both views; a view that comes after the deadline is named missing, then audited."""
-    made = line_file(stack, budget_ms=5000)
+    made = line_file(stack, budget_ms=10_000)
     quick, slow = write_pictures(tmp_path / "a", 1, 2, 3), write_pictures(tmp_path / "b", 1, 2)
     made.camera(type="folder", path=quick, product=products[0], station=STATION)
-    made.camera(type="folder", path=slow, product=products[0], station=STATION, rate=0.14)
+    made.camera(type="folder", path=slow, product=products[0], station=STATION, rate=0.08)
     made.settings["stations"] = [{"name": STATION, "views": [{"camera": "cam-1"}, {"camera": "cam-2"}]}]
     with LineProcess(made.write()) as line:
         summary = line.wait()
@@ -111,7 +111,7 @@ def test_two_cameras_make_one_part_and_a_late_frame_changes_nothing(stack, line_
         assert (half["verdict"], half["reasonCodes"]) == ("UNINSPECTED", ["deadline"])
         assert half["missingViews"] == [{"cameraId": "cam-2", "required": True, "cause": "deadline"}]
         assert half["views"][0]["verdict"] == "OK"
-        assert 5000 <= half["timing"]["decidedMs"] < 7000
+        assert 10_000 <= half["timing"]["decidedMs"] < 15_000
     assert audited(stack.endpoints["kafka"], made.name) == [("late_frame", "cam-2", "part-2.png", True)]
     (station,) = summary["stations"]
     assert station["triggered"] == sum(station["judgements"].values()) == 3
@@ -124,7 +124,7 @@ def test_triggers_make_the_parts(stack, line_file, products, tmp_path, send):
     Two views; one of them missing; sent twice; measured twice; by a clock an hour wrong either way; without a frame. A
     frame without a trigger makes none, and records that are no triggers lie on the dead-letter topic.
     """
-    made = line_file(stack, budget_ms=8000)
+    made = line_file(stack, budget_ms=10_000)
     first, second = write_pictures(tmp_path / "a", 1, 2, 3, 4), write_pictures(tmp_path / "b", 1, 2, 4)
     for pictures in (first, second):
         made.camera(type="folder", path=pictures, product=products[0], station=STATION)
@@ -162,7 +162,7 @@ def test_triggers_make_the_parts(stack, line_file, products, tmp_path, send):
         ["cam-1", "cam-2"],
         ["cam-1", "cam-2"],
     ]
-    assert all(each["timing"]["decidedMs"] < 10_000 for each in data)
+    assert all(each["timing"]["decidedMs"] < 15_000 for each in data)
     stray = [("no_trigger", camera, "part-4.png", False) for camera in ("cam-1", "cam-2")]
     assert sorted(audited(stack.endpoints["kafka"], made.name)) == stray
     letters = dead_letters(stack.endpoints["kafka"], f"{made.name}/{STATION}")
@@ -188,7 +188,7 @@ def test_a_trigger_for_a_camera_that_is_away_ends_on_time_with_its_name(stack, l
     (data,) = by_part(verdicts).values()
     assert (data["partId"], data["verdict"], data["reasonCodes"]) == ("part-1", "UNINSPECTED", ["camera_lost"])
     assert data["missingViews"] == [{"cameraId": "cam-1", "required": True, "cause": "camera_lost"}]
-    assert 2000 <= data["timing"]["decidedMs"] < 4000
+    assert 2000 <= data["timing"]["decidedMs"] < 7000
 
 
 @pytest.mark.usefixtures("lenient")
