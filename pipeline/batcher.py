@@ -1,5 +1,6 @@
 """Gathers frames across cameras into batches of one product, by count or by age, fairly.
 
+A frame's product is its camera's, or what its part's trigger names: then it waits in a queue beside the camera's own.
 Readers put, the dispatcher takes; the queue of each camera is bounded and says what it does when full. Never talks to a
 server and never judges: a frame that has to give way is handed back to the caller, who makes its verdict.
 """
@@ -23,6 +24,12 @@ class _Queue:
     capacity: int
     overflow: Literal["wait", "drop_oldest"]
     frames: deque[Frame] = field(default_factory=deque)
+    others: dict[str, _Queue] = field(default_factory=dict)
+    """Queues of the same camera for other products."""
+
+    def waiting(self) -> int:
+        """Count the camera's frames, whatever their product."""
+        return len(self.frames) + sum(len(other.frames) for other in self.others.values())
 
 
 class Batcher:
@@ -51,15 +58,15 @@ class Batcher:
         if queue.overflow == "drop_oldest":
             return True
         with self._changed:
-            return self._changed.wait_for(lambda: len(queue.frames) < queue.capacity or self._closed, timeout_s)
+            return self._changed.wait_for(lambda: queue.waiting() < queue.capacity or self._closed, timeout_s)
 
     def put(self, frame: Frame) -> Frame | None:
         """Queue a frame. Returns the frame that had to give way: the oldest one of a full queue, or None."""
-        queue = self._queues[frame.camera_id]
         with self._changed:
+            queue = self._queue_of(frame)
             evicted = queue.frames.popleft() if len(queue.frames) >= queue.capacity else None
             queue.frames.append(frame)
-            self._metrics.queued(queue.camera_id, len(queue.frames))
+            self._note(queue.camera_id)
             self._changed.notify_all()
         return evicted
 
@@ -84,6 +91,20 @@ class Batcher:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def _queue_of(self, frame: Frame) -> _Queue:
+        own = self._queues[frame.camera_id]
+        if frame.product == own.product:
+            return own
+        other = own.others.get(frame.product)
+        if other is None:
+            other = _Queue(own.camera_id, frame.product, own.capacity, own.overflow)
+            own.others[frame.product] = other
+            self._products.setdefault(frame.product, deque()).append(other)
+        return other
+
+    def _note(self, camera_id: str) -> None:
+        self._metrics.queued(camera_id, self._queues[camera_id].waiting())
 
     def _due(self, now: float) -> tuple[str | None, float]:
         """Pick the product to send now, or say how long until the next one is old enough."""
@@ -111,7 +132,7 @@ class Batcher:
             queues.rotate(-1)
             if queue.frames:
                 frames.append(queue.frames.popleft())
-                self._metrics.queued(queue.camera_id, len(queue.frames))
+                self._note(queue.camera_id)
                 idle = 0
             else:
                 idle += 1

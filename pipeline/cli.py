@@ -28,7 +28,6 @@ from pipeline import config as configuration
 from pipeline import deepstream, logs
 from pipeline.app import Line, read_manifests
 from pipeline.errors import CheckError, ConfigError, LineError
-from pipeline.events import schemas
 from pipeline.health import Health
 from pipeline.inference import InferenceClient
 from pipeline.manifest import Manifest, read_manifest
@@ -37,6 +36,7 @@ from pipeline.screen import draw, verdict_line
 from pipeline.tail import VerdictReader
 from pipeline.thresholds import ThresholdStore
 from pipeline.types import CameraState
+from pipeline.wire import schemas
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = Path("deploy/config/line.yaml")
@@ -137,8 +137,10 @@ def check(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     for product in manifests:
         store.get(product)
     done.append(f"Redis at {settings.redis.url}")
-    with VerdictReader(settings.kafka, start="now"):
-        done.append(f"Kafka at {', '.join(settings.kafka.bootstrap)}")
+    triggered = any(station.trigger == "message" for station in settings.stations)
+    for topic in ("verdict.v1", "trigger.v1") if triggered else ("verdict.v1",):
+        with VerdictReader(settings.kafka, topic=topic, start="now"):
+            done.append(f"Kafka at {', '.join(settings.kafka.bootstrap)}, topic {topic}")
     _answer({"ok": True, "checked": done}, as_json, "\n".join(f"good  {what}" for what in done))
 
 

@@ -36,6 +36,7 @@ from pipeline.cameras import (
     without_credentials,
 )
 from pipeline.errors import ConfigError
+from pipeline.stations import Station, StationView
 
 ENV_PREFIX = "LOGICRD_"
 _ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
@@ -80,7 +81,7 @@ class Kafka(Block):
     bootstrap: Annotated[list[str], Field(min_length=1)] = Field(default=["127.0.0.1:19092"])
     """Brokers, `host:port` each."""
     topic_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")] = "inspection"
-    """Topics are `<prefix>.verdict.v1`, `<prefix>.view.v1`, `<prefix>.status.v1`."""
+    """Topics are `<prefix>.verdict.v1`, `.view.v1`, `.status.v1`, `.audit.v1`, `.dlq.v1`; in: `<prefix>.trigger.v1`."""
     content_mode: Literal["binary", "structured"] = "binary"
     """CloudEvents content mode: attributes as `ce_` headers, or all in one JSON value."""
     max_unacknowledged: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
@@ -167,6 +168,8 @@ class LineConfig(BaseSettings):
     """From capture to verdict; a part not judged by then is UNINSPECTED with cause `deadline`."""
     cameras: Annotated[list[Camera], Field(min_length=1)]
     """The cameras that this worker reads."""
+    stations: list[Station] = Field(default=[])
+    """Stations where a part is more than a frame: several views, or triggers. Unset: each frame is a part."""
     triton: Triton = Triton()
     """Inference server."""
     kafka: Kafka = Kafka()
@@ -189,6 +192,23 @@ class LineConfig(BaseSettings):
             seen.add(camera.id)
         return self
 
+    @model_validator(mode="after")
+    def _stations_fit_cameras(self) -> LineConfig:
+        if len({station.name for station in self.stations}) < len(self.stations):
+            raise ValueError("stations: two stations have the same name")
+        for station in self.stations:
+            here = {camera.id for camera in self.cameras if camera.station == station.name}
+            named = [view.camera for view in station.views]
+            if len(set(named)) < len(named):
+                raise ValueError(f"stations: {station.name}: a camera is listed twice in `views`")
+            if strange := sorted(set(named) - here):
+                raise ValueError(f"stations: {station.name}: no camera {strange[0]!r} has this station")
+            if named and (unlisted := sorted(here - set(named))):
+                raise ValueError(f"stations: {station.name}: camera {unlisted[0]!r} is not in `views`")
+            if not here:
+                raise ValueError(f"stations: {station.name}: no camera has this station")
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -204,8 +224,21 @@ class LineConfig(BaseSettings):
 
     @property
     def products(self) -> list[str]:
-        """Products of the line's cameras, each once, in the order of the file."""
-        return list(dict.fromkeys(camera.product for camera in self.cameras))
+        """Products that the line may have to judge, each once, in the order of the file."""
+        fixed = [view.product for station in self.stations for view in station.views if view.product is not None]
+        recipes = [product for station in self.stations for product in station.recipes]
+        return list(dict.fromkeys([*(camera.product for camera in self.cameras), *fixed, *recipes]))
+
+    @property
+    def station_plans(self) -> dict[str, Station]:
+        """The stations of the file by name; those that need views and list none have all of their cameras."""
+        return {station.name: self._with_views(station) for station in self.stations}
+
+    def _with_views(self, station: Station) -> Station:
+        if station.views or station.trigger == "free_run":
+            return station
+        views = [StationView(camera=camera.id) for camera in self.cameras if camera.station == station.name]
+        return station.model_copy(update={"views": views})
 
 
 def load(path: Path) -> LineConfig:
@@ -305,6 +338,8 @@ def _known_keys(place: list[int | str]) -> list[str]:
         return list(LineConfig.model_fields)
     if place[0] == "cameras":
         return sorted({key for kind in (RtspCamera, VideoCamera, FolderCamera) for key in kind.model_fields})
+    if place[0] == "stations":
+        return list((StationView if "views" in place else Station).model_fields)
     block = LineConfig.model_fields.get(str(place[0]))
     annotation = block.annotation if block is not None else None
     return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

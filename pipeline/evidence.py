@@ -22,7 +22,7 @@ from pipeline.config import Evidence as EvidenceSettings
 from pipeline.health import Health
 from pipeline.heatmap import overlay
 from pipeline.manifest import Manifest
-from pipeline.types import Image, Inference, Judgement, PartVerdict
+from pipeline.types import Image, Inference, Judgement, ViewVerdict
 
 _STAGE = "evidence"
 _QUEUE_LENGTH = 64
@@ -58,19 +58,20 @@ class Evidence:
         wanted = judgement in {Judgement.NG, Judgement.REVIEW} or self._settings.keep == "all"
         if self._settings.dir is None or inference.frame.image is None or not wanted:
             return None
-        part_id = inference.frame.part_id
+        frame = inference.frame
+        part_id = f"{frame.part_id}.{frame.meas_id}" if frame.meas_id else frame.part_id
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", part_id)[:100]
         if name != part_id:  # two parts must not share a name that was made fit
             name += f".{crc32(part_id.encode()):08x}"
         kind = "jpg" if judgement in {Judgement.NG, Judgement.REVIEW} else "png"
         return f"{inference.frame.camera_id}/{name}.{judgement.value}.{kind}"
 
-    def keep(self, part: PartVerdict) -> None:
-        """Hand a part's picture over, if one is kept of it."""
-        if part.image_ref is None or self._settings.dir is None:
+    def keep(self, view: ViewVerdict) -> None:
+        """Hand a view's picture over, if one is kept of it."""
+        if view.image_ref is None or self._settings.dir is None:
             return
         try:
-            self._queue.put_nowait((self._settings.dir / part.image_ref, part.inference, _title(part)))
+            self._queue.put_nowait((self._settings.dir / view.image_ref, view.inference, _title(view)))
         except queue.Full:
             self.dropped += 1
             log.warning("picture not kept: the disk is slower than the line", dropped=self.dropped)
@@ -131,9 +132,9 @@ class Evidence:
         return panel
 
 
-def _title(part: PartVerdict) -> str:
-    scores, threshold = part.inference.scores, part.verdict.threshold
+def _title(view: ViewVerdict) -> str:
+    scores, threshold = view.inference.scores, view.verdict.threshold
     score = f"score {scores.fused:.2f}" if scores is not None else "no score"
     limit = f"ng {threshold.ng:.2f} v{threshold.version}" if threshold is not None else "no threshold"
-    why = ", ".join(part.verdict.reasons)
-    return f"{part.verdict.judgement}  {part.frame.product}  {part.frame.part_id}   {score} / {limit}   {why}"
+    why = ", ".join(view.verdict.reasons)
+    return f"{view.verdict.judgement}  {view.frame.product}  {view.frame.part_id}   {score} / {limit}   {why}"

@@ -155,13 +155,21 @@ class CameraReader:
             )
             return
         image = to_model_size(picture.image, *self._model_size)
-        self._accept(image, picture.captured_at, picture.captured_s, picture.part_id, picture.part_id_source)
+        self._accept(
+            image,
+            picture.captured_at,
+            picture.captured_s,
+            picture.part_id,
+            picture.part_id_source,
+            picture.trigger_count,
+        )
 
     def _hand_over_fault(self, error: FrameError, picture: Picture | None = None) -> None:
         log.warning("frame not usable", camera=self._camera.id, cause=Cause.FRAME_CORRUPT.value, error=str(error))
         captured_at = picture.captured_at if picture is not None else datetime.now(UTC)
         captured_s = picture.captured_s if picture is not None else time.monotonic()
-        self._accept(None, captured_at, captured_s, error.part_id, error.part_id_source)
+        trigger_count = picture.trigger_count if picture is not None else None
+        self._accept(None, captured_at, captured_s, error.part_id, error.part_id_source, trigger_count)
 
     def _accept(
         self,
@@ -170,6 +178,7 @@ class CameraReader:
         captured_s: float,
         part_id: str | None,
         part_id_source: str | None,
+        trigger_count: int | None = None,
     ) -> None:
         self._number += 1
         if part_id is not None and self._round:
@@ -186,6 +195,7 @@ class CameraReader:
             deadline_s=captured_s + self._line.budget_s,
             image=image,
             cause=Cause.FRAME_CORRUPT if image is None else None,
+            trigger_count=trigger_count,
         )
         self._line.metrics.stage("ingest", time.monotonic() - captured_s)
         self._line.accept(frame)

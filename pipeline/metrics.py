@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from pipeline.types import CameraState, Cause, Judgement
+from pipeline.types import CameraState, Cause, Judgement, PartVerdict, StrayReason
 
 _LATENCY_BUCKETS_S = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 _WINDOW = 2048  # latencies kept per camera for the table's quantiles: about ten minutes at 3 frames/s
@@ -52,11 +52,34 @@ class CameraSnapshot:
     p99_ms: float | None
 
 
+@dataclass(slots=True)
+class StationFigures:
+    """The parts of one station since the start: triggered = OK + NG + REVIEW + UNINSPECTED + those still open."""
+
+    triggered: int = 0
+    judgements: Tally[Judgement] = field(default_factory=Tally)
+    causes: Tally[str] = field(default_factory=Tally)
+
+
+@dataclass(frozen=True, slots=True)
+class StationSnapshot:
+    """A station's figures at one moment."""
+
+    station: str
+    triggered: int
+    judgements: dict[str, int]
+    causes: dict[str, int]
+
+
 @dataclass(frozen=True, slots=True)
 class LineSnapshot:
-    """The line's figures at one moment. `acknowledged` counts part verdicts that Kafka has confirmed."""
+    """The line's figures at one moment; `triggered` and `judged` count parts, `acknowledged` those Kafka has confirmed.
+
+    `p50_ms` and `p99_ms` are from a part's trigger or capture to its verdict.
+    """
 
     cameras: tuple[CameraSnapshot, ...]
+    stations: tuple[StationSnapshot, ...]
     triggered: int
     judged: int
     acknowledged: int
@@ -73,9 +96,14 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self._lock = threading.Lock()
         self._cameras: dict[str, CameraFigures] = {}
-        self._judged = self._acknowledged = self._undelivered = 0
+        self._stations: dict[str, StationFigures] = {}
+        self._latencies_s: deque[float] = deque(maxlen=_WINDOW)
+        self._acknowledged = self._undelivered = 0
         registry = self.registry
         self._frames = Counter("inspection_frames", "Frames read", ["camera"], registry=registry)
+        self._triggered = Counter(
+            "inspection_parts_triggered", "Parts opened; all get a verdict", ["station"], registry=registry
+        )
         self._verdicts = Counter(
             "inspection_parts", "Part verdicts given", ["station", "verdict", "cause"], registry=registry
         )
@@ -84,7 +112,13 @@ class Metrics:
         )
         self._queued = Gauge("inspection_queue_frames", "Frames waiting", ["camera"], registry=registry)
         self._up = Gauge("inspection_camera_up", "1 while frames arrive", ["camera"], registry=registry)
-        self._late = Counter("inspection_late_results", "Answers after their part's verdict", registry=registry)
+        self._strays = Counter(
+            "inspection_strays", "Frames and answers that count for no verdict", ["station", "cause"], registry=registry
+        )
+        self._triggers = Counter("inspection_triggers", "Trigger messages by fate", ["fate"], registry=registry)
+        self._resets = Counter(
+            "inspection_counter_resets", "Trigger counters aligned anew", ["camera"], registry=registry
+        )
         self._stage = Histogram(
             "inspection_stage_seconds", "Time in a stage", ["stage"], buckets=_LATENCY_BUCKETS_S, registry=registry
         )
@@ -120,7 +154,7 @@ class Metrics:
         self._up.labels(camera_id).set(state is CameraState.STREAMING)
 
     def frame(self, camera_id: str) -> None:
-        """Count a frame that was read, usable or not: a part triggered."""
+        """Count a frame that was read, usable or not."""
         with self._lock:
             self._cameras[camera_id].frames += 1
         self._frames.labels(camera_id).inc()
@@ -134,16 +168,33 @@ class Metrics:
         """Note the time that a frame spent in a stage."""
         self._stage.labels(stage).observe(seconds)
 
-    def verdict(self, camera_id: str, judgement: Judgement, cause: Cause | None, latency_s: float) -> None:
-        """Count a part's verdict."""
+    def triggered(self, station: str, parts: int) -> None:
+        """Count parts that were opened: as many verdicts are due."""
+        with self._lock:
+            self._stations.setdefault(station, StationFigures()).triggered += parts
+        self._triggered.labels(station).inc(parts)
+
+    def view(self, camera_id: str, judgement: Judgement, cause: Cause | None, latency_s: float) -> None:
+        """Count what one view said; `latency_s` is from its capture."""
         with self._lock:
             figures = self._cameras[camera_id]
             figures.judgements[judgement] += 1
             if cause is not None:
                 figures.causes[cause.value] += 1
             figures.latencies_s.append(latency_s)
-            self._judged += 1
-        self._verdicts.labels(figures.station, judgement.value, cause.value if cause else "").inc()
+
+    def verdict(self, part: PartVerdict) -> None:
+        """Count a part's verdict."""
+        station, judgement = part.part.station, part.judgement
+        cause = part.reasons[0] if judgement is Judgement.UNINSPECTED else ""
+        latency_s = part.decided_s - part.part.opened_s
+        with self._lock:
+            figures = self._stations.setdefault(station, StationFigures())
+            figures.judgements[judgement] += 1
+            if cause:
+                figures.causes[cause] += 1
+            self._latencies_s.append(latency_s)
+        self._verdicts.labels(station, judgement.value, cause).inc()
         self._latency.observe(latency_s)
 
     def triton_request(self, replica: str, *, failed: bool) -> None:
@@ -158,9 +209,17 @@ class Metrics:
         self._triton_requests.remove(replica)
         self._triton_failures.remove(replica)
 
-    def late(self) -> None:
-        """Count an answer that came after its part's verdict had gone out."""
-        self._late.inc()
+    def stray(self, station: str, reason: StrayReason) -> None:
+        """Count a frame, or an answer, that counts for no verdict."""
+        self._strays.labels(station, reason.value).inc()
+
+    def trigger(self, fate: str) -> None:
+        """Count a trigger message: `opened`, `duplicate` or `refused`."""
+        self._triggers.labels(fate).inc()
+
+    def counter_reset(self, camera_id: str) -> None:
+        """Count a trigger counter that jumped, and was aligned anew."""
+        self._resets.labels(camera_id).inc()
 
     def acknowledged(self, *, is_part: bool) -> None:
         """Count an event that Kafka has confirmed."""
@@ -179,10 +238,17 @@ class Metrics:
         """Give the figures of this moment."""
         with self._lock:
             cameras = tuple(_camera_snapshot(name, figures) for name, figures in self._cameras.items())
-            latencies = [value for figures in self._cameras.values() for value in figures.latencies_s]
-            counts = self._judged, self._acknowledged, self._undelivered
-        p50, p99 = _quantiles_ms(latencies)
-        return LineSnapshot(cameras, sum(camera.frames for camera in cameras), *counts, p50, p99)
+            stations = tuple(_station_snapshot(name, figures) for name, figures in self._stations.items())
+            latencies = list(self._latencies_s)
+            acknowledged, undelivered = self._acknowledged, self._undelivered
+        triggered = sum(station.triggered for station in stations)
+        judged = sum(sum(station.judgements.values()) for station in stations)
+        return LineSnapshot(cameras, stations, triggered, judged, acknowledged, undelivered, *_quantiles_ms(latencies))
+
+
+def _station_snapshot(name: str, figures: StationFigures) -> StationSnapshot:
+    judgements = {judgement.value: figures.judgements[judgement] for judgement in Judgement}
+    return StationSnapshot(name, figures.triggered, judgements, dict(figures.causes))
 
 
 def _camera_snapshot(name: str, figures: CameraFigures) -> CameraSnapshot:

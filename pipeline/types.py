@@ -40,6 +40,17 @@ class Cause(StrEnum):
     MODEL_MISMATCH = "model_mismatch"
     SCORE_NOT_FINITE = "score_not_finite"
     QUEUE_FULL = "queue_full"
+    TRIGGER_MISSED = "trigger_missed"
+    PRODUCT_NOT_READY = "product_not_ready"
+
+
+class StrayReason(StrEnum):
+    """Why a frame, or its scores, count for no verdict."""
+
+    LATE_FRAME = "late_frame"
+    LATE_RESULT = "late_result"
+    DUPLICATE_FRAME = "duplicate_frame"
+    NO_TRIGGER = "no_trigger"
 
 
 class CameraState(StrEnum):
@@ -54,13 +65,56 @@ class CameraState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture as a source hands it over, at the camera's own size."""
+    """One picture as a source hands it over, at the camera's own size.
+
+    `trigger_count` is the camera's own count of its triggers, where it has one.
+    """
 
     image: Image
     captured_at: datetime
     captured_s: float
     part_id: str | None = None
     part_id_source: str | None = None
+    trigger_count: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """A message that a part is in front of the cameras: who it is and what it has to be.
+
+    `product` and `cameras` are None where the station's own hold. `triggered_s` is on this worker's monotonic clock;
+    `stale` marks one that was sent while no worker listened. `receipt` is the record's partition and offset.
+    """
+
+    station: str
+    part_id: str
+    meas_id: str
+    product: str | None
+    cameras: tuple[str, ...] | None
+    triggered_at: datetime
+    triggered_s: float
+    receipt: tuple[int, int]
+    stale: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which part, as its verdict names it.
+
+    `opened_*` is its trigger, or its first frame. `camera_id` belongs to the identity of a part that is one frame of
+    one camera, and is None for a part of several views. `meas_id` and `receipt` are those of its trigger.
+    """
+
+    station: str
+    part_id: str
+    part_id_source: str
+    product: str
+    opened_at: datetime
+    opened_s: float
+    deadline_s: float
+    camera_id: str | None = None
+    meas_id: str | None = None
+    receipt: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +136,18 @@ class Frame:
     deadline_s: float
     image: Image | None
     cause: Cause | None = None
+    trigger_count: int | None = None
+    meas_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """A frame that counts for no verdict, or scores that came after it; `part` is whose it was, where that is known."""
+
+    frame: Frame
+    reason: StrayReason
+    part: Part | None = None
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +230,35 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class PartVerdict:
-    """What the line says of one part: the verdict with all that its events need."""
+class ViewVerdict:
+    """What the line says of one view, with all that its event needs."""
 
     frame: Frame
     inference: Inference
     verdict: Verdict
-    sequence: int
     decided_s: float
     regions: tuple[Region, ...] = ()
     image_ref: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MissingView:
+    """A camera whose picture of the part did not come, and why."""
+
+    camera_id: str
+    required: bool
+    cause: Cause
+
+
+@dataclass(frozen=True, slots=True)
+class PartVerdict:
+    """What the line says of one part. `optional` names the views without which it can be OK."""
+
+    part: Part
+    sequence: int
+    judgement: Judgement
+    reasons: tuple[str, ...]
+    views: tuple[ViewVerdict, ...]
+    missing: tuple[MissingView, ...]
+    decided_s: float
+    optional: frozenset[str] = frozenset()

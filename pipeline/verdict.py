@@ -17,13 +17,15 @@ from pipeline.types import AnomalyMap, Cause, Inference, Judgement, Region, Scor
 MAX_REGIONS = 8
 
 
-def decide(inference: Inference, threshold: Threshold | None, calibration: Calibration) -> Verdict:
-    """Judge one frame.
+def decide(inference: Inference, threshold: Threshold | None, calibration: Calibration | None) -> Verdict:
+    """Judge one frame. `calibration` is None for a product that this worker has not loaded.
 
     Reasons are codes: for UNINSPECTED its cause; for NG and REVIEW the limit that was met and the branch that says
     more (`anomaly_map`: something looks wrong in one place; `global_statistics`: the whole is not as it should be).
     """
     cause = inference.cause or inference.frame.cause
+    if calibration is None:
+        return Verdict(Judgement.UNINSPECTED, ((cause or Cause.PRODUCT_NOT_READY).value,), threshold)
     if cause is None and threshold is None:
         cause = Cause.THRESHOLD_MISSING
     scores = inference.scores

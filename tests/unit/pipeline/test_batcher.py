@@ -216,3 +216,24 @@ def test_turns_are_fair(make_frame, backlog, size):
             hungry = [camera for camera, frames in zip(cameras, backlog, strict=True) if served[camera] < frames]
             assert all(served[frame.camera_id] - served[camera] <= 1 for camera in hungry)
     assert sum(served.values()) == sum(backlog)
+
+
+def test_a_frame_of_another_product_goes_with_its_own(make_batcher, make_frame):
+    """Across a changeover a camera's frames of two products are two batches, and its bound holds for each."""
+    batcher = make_batcher("a/1", "b/1", max_size=2, capacity=2)
+    for number, product in ((1, "a"), (2, "b"), (3, "b"), (4, "c")):
+        assert batcher.put(make_frame(camera_id="a/1", product=product, number=number)) is None
+    assert batcher.put(make_frame(camera_id="a/1", product="b", number=5)).number == 2
+    batcher.close()
+    taken = {batch.product: numbers(batch) for batch in (batcher.take(0.0) for _ in range(3))}
+    assert taken == {"a": [("a/1", 1)], "b": [("a/1", 3), ("a/1", 5)], "c": [("a/1", 4)]}
+    assert batcher.take(0.0) is None
+
+
+def test_a_camera_waits_for_room_whatever_its_frames_are(make_batcher, make_frame):
+    """A full camera makes its reader wait, also when its frames are of several products."""
+    batcher = make_batcher("a/1", capacity=2, overflow="wait")
+    batcher.put(make_frame(camera_id="a/1", product="a", number=1))
+    assert batcher.wait_for_room("a/1", 0.0)
+    batcher.put(make_frame(camera_id="a/1", product="b", number=2))
+    assert not batcher.wait_for_room("a/1", 0.0)

@@ -11,6 +11,12 @@ from pipeline import config
 from pipeline.errors import ConfigError
 
 CAMERA = {"id": "c1", "type": "folder", "product": "tray", "path": "pictures"}
+
+
+def station_of(*views):
+    return {"name": "station-1", "views": list(views)}
+
+
 RTSP = {"id": "c1", "type": "rtsp", "product": "tray", "url": "rtsp://127.0.0.1:8554/c1"}
 
 
@@ -38,6 +44,17 @@ RTSP = {"id": "c1", "type": "rtsp", "product": "tray", "url": "rtsp://127.0.0.1:
         ({"triton": {"address": ["a:1", "dns:///triton:8001"]}}, ["triton.address:", "'dns:///triton:8001'"]),
         ({"triton": {"address": "a:70000"}}, ["triton.address:", "'a:70000'"]),
         ({"triton": {"address": []}}, ["triton.address:", "at least one"]),
+        ({"stations": [{"name": "station-1", "triger": "counter"}]}, ["stations[0].triger: unknown key", "`trigger`"]),
+        ({"stations": [station_of({"camera": "c1", "need": True})]}, ["stations[0].views[0].need: unknown key"]),
+        ({"stations": [{"name": "station-1", "trigger": "plc"}]}, ["stations[0].trigger:", "counter"]),
+        ({"stations": [{"name": "nowhere"}]}, ["nowhere: no camera has this station"]),
+        ({"stations": [station_of({"camera": "c9"})]}, ["no camera 'c9' has this station"]),
+        ({"stations": [station_of({"camera": "c1"}, {"camera": "c1"})]}, ["listed twice"]),
+        ({"stations": [station_of(), station_of()]}, ["two stations have the same name"]),
+        (
+            {"cameras": [CAMERA, CAMERA | {"id": "c2"}], "stations": [station_of({"camera": "c1"})]},
+            ["camera 'c2' is not in `views`"],
+        ),
     ],
 )
 def test_a_wrong_entry_is_refused_with_its_place(line_file, keys, words):
@@ -155,3 +172,20 @@ def test_files_wait_and_live_cameras_drop(line_file):
     settings = config.load(line_file(cameras=[CAMERA, RTSP | {"id": "c2"}, CAMERA | {"id": "c3", "type": "video"}]))
     assert [camera.overflow for camera in settings.cameras] == ["wait", "drop_oldest", "wait"]
     assert settings.products == ["tray"]
+
+
+def test_a_triggered_station_without_views_has_all_of_its_cameras(line_file):
+    """Each of them required; in free run nothing is added, for there each frame is a part."""
+    cameras = [CAMERA, CAMERA | {"id": "c2"}, CAMERA | {"id": "c3", "station": "other"}]
+    for trigger, expected in [("message", ["c1", "c2"]), ("counter", ["c1", "c2"]), ("free_run", [])]:
+        loaded = config.load(line_file(cameras=cameras, stations=[{"name": "station-1", "trigger": trigger}]))
+        views = loaded.station_plans["station-1"].views
+        assert [(view.camera, view.required) for view in views] == [(camera, True) for camera in expected]
+
+
+def test_every_product_that_a_part_may_have_is_known_before_the_start(line_file):
+    """Those of the cameras, of views with a product of their own, and the recipes of triggers, each once."""
+    station = {"name": "station-1", "trigger": "message", "recipes": ["lid", "tray"]}
+    station["views"] = [{"camera": "c1"}, {"camera": "c2", "product": "cap"}]
+    loaded = config.load(line_file(cameras=[CAMERA, CAMERA | {"id": "c2"}], stations=[station]))
+    assert loaded.products == ["tray", "cap", "lid"]
