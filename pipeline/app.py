@@ -198,7 +198,7 @@ class Line:
         if frame.cause is not None:
             self._to_judge(Inference(frame, cause=frame.cause))
         elif (evicted := self._batcher.put(frame)) is not None:
-            self._to_judge(Inference(evicted, cause=Cause.QUEUE_FULL))
+            self._to_judge(Inference(evicted, cause=evicted.cause))
 
     def _announce(self, camera_id: str, state: CameraState, reason: str) -> None:
         self._sink.put(self._encoder.status(camera_id, state, reason, datetime.now(UTC)))
@@ -231,6 +231,7 @@ class Line:
         latest = time.monotonic() + min(self._service_s, self._config.budget_ms / 2e3)
         for frame in frames:
             if frame.deadline_s <= latest:
+                self.metrics.dropped(frame.camera_id, Cause.DEADLINE)
                 self._to_judge(Inference(frame, cause=Cause.DEADLINE))
         return tuple(frame for frame in frames if frame.deadline_s > latest)
 
@@ -240,6 +241,7 @@ class Line:
         first = inferences[0]
         if first.sent_s is not None and first.received_s is not None:
             self._service_s += _SERVICE_WEIGHT * (first.received_s - first.sent_s - self._service_s)
+            self._batcher.service_s = self._service_s
         for inference in inferences:
             self._to_judge(inference)
 

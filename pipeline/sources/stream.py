@@ -1,15 +1,16 @@
-"""H.264, H.265 and whatever else FFmpeg decodes, from an RTSP camera or a file, through PyAV.
+"""H.264, H.265 and whatever else FFmpeg decodes, from a camera's address or a file, through PyAV.
 
 One packet is read, decoded and converted at a time, on the caller's thread; nothing is buffered beyond what the codec
-needs. A camera that stamps its frames with the part's serial number in an unregistered SEI message (ITU-T H.264 D.1.7)
-gives the part id; see `PART_ID_UUID`. Used by `rtsp` and `files`.
+needs. A camera's stream is read in a process of its own (`capture`), a file's in the worker (`files`). A camera that
+stamps its frames with the part's serial number in an unregistered SEI message (ITU-T H.264 D.1.7) gives the part id;
+see `PART_ID_UUID`.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
@@ -52,11 +53,13 @@ _REASONS: tuple[tuple[type[Exception], str, str], ...] = (
 class StreamSource:
     """One video stream; see `Source` for the contract."""
 
-    def __init__(self, address: str, *, shown: str, timeouts_s: tuple[float, float], options: dict[str, str]) -> None:
+    def __init__(
+        self, address: str, *, shown: str, timeouts_s: tuple[float, float], options: Mapping[str, str]
+    ) -> None:
         self._address = address
         self._shown = shown
-        self._timeouts_s = timeouts_s
-        self._options = options
+        self._timeouts_s = (timeouts_s[0], timeouts_s[1])
+        self._options = dict(options)
         self._container: InputContainer | None = None
         self._decoder: VideoCodecContext | None = None
         self._packets: Iterator[Packet[VideoStream]] = iter(())
@@ -78,6 +81,14 @@ class StreamSource:
             container.close()
             raise SourceError(f"{self._shown} has no video stream", reason="codec_unsupported", final=True)
         stream = container.streams.video[0]
+        if stream.codec_context is None:  # PyAV's word for a stream that no decoder of this FFmpeg reads
+            container.close()
+            raise SourceError(
+                f"{self._shown}: no decoder for this stream",
+                reason="codec_unsupported",
+                hint="set the camera to H.264",
+                final="://" not in self._address,
+            )
         self._decoder = stream.codec_context
         # Frame threads would hold frames back and cost memory for every camera; one core decodes 640 x 480 in 1 ms.
         self._decoder.thread_count = 1
