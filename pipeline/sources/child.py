@@ -118,17 +118,15 @@ class ChildSource:
         self._maps: dict[int, mmap.mmap] = {}
         self._slot: int | None = None
         self._silent_s = 0.0
-        self._has_pictures: bool | None = None  # None until it is open
 
     def __enter__(self) -> ChildSource:
-        self._silent_s, self._has_pictures = 0.0, None
+        self._silent_s = 0.0
         try:
             self._start()
             while (message := self._receive(self._timeouts_s[0])) is None:
                 pass
             if message["kind"] != "opened":
-                raise self._lost(message)
-            self._has_pictures = False
+                raise _lost(message)
         except OSError as error:
             self._stop(_STOP_S)
             text = f"{self._shown}: no process could be started for this camera: {error}"
@@ -161,7 +159,7 @@ class ChildSource:
             )
         if message["kind"] == "end":
             return None
-        raise self._lost(message)
+        raise _lost(message)
 
     def _start(self) -> None:
         self._memory = os.memfd_create("logicrd-pictures")
@@ -200,16 +198,18 @@ class ChildSource:
                 return None
             self._stop(0.0)
             text = f"{self._shown}: its process gave no sign of life for {self._silent_s:.1f} s and was killed"
-            raise self._lost({"text": text, "reason": "timeout"})
+            raise SourceError(text, reason="timeout")
         self._silent_s = 0.0
-        data = self._link.recv(MAX_MESSAGE)
+        try:
+            data = self._link.recv(MAX_MESSAGE)
+        except ConnectionResetError:  # told once, when the child ended before it read all; its last words are there yet
+            data = self._link.recv(MAX_MESSAGE)
         if not data:
             raise SourceError(f"{self._shown}: its process has ended", reason="lost", hint="it is started anew")
         message: dict[str, Any] = json.loads(data)
         return message
 
     def _picture(self, message: dict[str, Any]) -> Picture:
-        self._has_pictures = True
         self._slot = slot = message["slot"]
         shape = message["shape"]
         size = int(np.prod(shape))
@@ -236,13 +236,11 @@ class ChildSource:
         with suppress(OSError):  # a child that has ended: what it said before is still to be read
             self._link.send(bytes([slot]))
 
-    def _lost(self, message: dict[str, Any]) -> SourceError:
-        reason = message["reason"]
-        if reason == "timeout" and self._has_pictures is False:
-            reason = "no_frames"
-        return SourceError(
-            message["text"], reason=reason, hint=message.get("hint", ""), final=message.get("final", False)
-        )
+
+def _lost(message: dict[str, Any]) -> SourceError:
+    """Read a child's last message."""
+    hint, final = message.get("hint", ""), message.get("final", False)
+    return SourceError(message["text"], reason=message["reason"], hint=hint, final=final)
 
 
 def _is_ready(descriptor: int, timeout_s: float) -> bool:

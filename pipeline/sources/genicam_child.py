@@ -88,7 +88,10 @@ class Camera:
         self._settings = settings
         self._camera = aravis.Camera.new(settings["address"] or None)
         self._is_gone = False
-        self._camera.get_device().connect("control-lost", self._on_control_lost)
+        device = self._camera.get_device()
+        if self._camera.is_gv_device() and not device.is_controller():
+            raise LostError("the camera is held by another program", "in_use", hint="end it; a camera has one reader")
+        device.connect("control-lost", self._on_control_lost)
         self._configure()
         self._chunks = self._camera.create_chunk_parser() if settings["chunk_data"] else None
         self._format = self._camera.get_pixel_format_as_string()
