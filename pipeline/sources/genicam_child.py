@@ -67,6 +67,10 @@ class Counter:
         self._last: int | None = None
         self._count = 0
 
+    @property
+    def is_new(self) -> bool:
+        return self._last is None
+
     def of(self, number: int) -> int:
         last, self._last = self._last, number
         if last is None:
@@ -155,6 +159,7 @@ class Camera:
         self._camera.start_acquisition()
         link.say({"kind": "opened"})
         software = self._settings["trigger"] == "software"
+        may_be_silent = self._settings["trigger"].startswith("Line")
         heard_s = said_s = due_s = time.monotonic()
         while not self._is_gone:
             now_s = time.monotonic()
@@ -168,10 +173,9 @@ class Camera:
                 heard_s = said_s = now_s
                 self._forward(buffer, link)
                 self._stream.push_buffer(buffer)
-            elif (
-                not self._settings["trigger"].startswith("Line") and now_s - heard_s > self._settings["read_timeout_s"]
-            ):
-                raise LostError("the camera sends no picture", "timeout", hint="check the cable and `packet_size`")
+            elif not may_be_silent and now_s - heard_s > self._settings["read_timeout_s"]:
+                reason = "no_frames" if self._counter.is_new else "timeout"
+                raise LostError("the camera sends no picture", reason, hint="check the cable and `packet_size`")
             elif now_s - said_s >= ALIVE_EVERY_S:
                 said_s = now_s
                 link.say({"kind": "alive"})
