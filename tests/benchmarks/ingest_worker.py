@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 
 from pipeline.batcher import Batcher
 from pipeline.cameras import RtspCamera
@@ -133,7 +134,8 @@ class OpenCv:
             read, picture = capture.read()
             if not read:
                 break
-            to_model_size(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), *MODEL_SIZE)
+            rgb = np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)
+            to_model_size(rgb, *MODEL_SIZE)
             self.frames[name] += 1
         capture.release()
 
