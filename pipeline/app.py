@@ -212,7 +212,7 @@ class Line:
     def _infer(self, frames: list[Frame]) -> None:
         for frame in frames:
             if (evicted := self._batcher.put(frame)) is not None:
-                self._judge.put(Inference(evicted, cause=Cause.QUEUE_FULL))
+                self._judge.put(Inference(evicted, cause=evicted.cause))
 
     def _announce(self, camera_id: str, state: CameraState, reason: str) -> None:
         self._judge.camera_is(camera_id, state)
@@ -246,6 +246,7 @@ class Line:
         latest = time.monotonic() + min(self._service_s, self._config.budget_ms / 2e3)
         for frame in frames:
             if frame.deadline_s <= latest:
+                self.metrics.dropped(frame.camera_id, Cause.DEADLINE)
                 self._judge.put(Inference(frame, cause=Cause.DEADLINE))
         return tuple(frame for frame in frames if frame.deadline_s > latest)
 
@@ -255,6 +256,7 @@ class Line:
         first = inferences[0]
         if first.sent_s is not None and first.received_s is not None:
             self._service_s += _SERVICE_WEIGHT * (first.received_s - first.sent_s - self._service_s)
+            self._batcher.service_s = self._service_s
         for inference in inferences:
             self._judge.put(inference)
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
+from pipeline.cameras import Overflow
 from pipeline.metrics import Metrics
-from pipeline.types import Batch, Frame
+from pipeline.types import Batch, Cause, Frame
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class _Queue:
     camera_id: str
     product: str
     capacity: int
-    overflow: Literal["wait", "drop_oldest"]
+    overflow: Overflow
     frames: deque[Frame] = field(default_factory=deque)
     others: dict[str, _Queue] = field(default_factory=dict)
     """Queues of the same camera for other products."""
@@ -43,28 +43,36 @@ class Batcher:
         self._queues: dict[str, _Queue] = {}
         self._products: dict[str, deque[_Queue]] = {}
         self._closed = False
+        self.service_s = 0.0
+        """What the server needs for a batch, in seconds; a frame with less time left than this is late."""
 
-    def add_camera(
-        self, camera_id: str, *, product: str, capacity: int, overflow: Literal["wait", "drop_oldest"]
-    ) -> None:
+    def add_camera(self, camera_id: str, *, product: str, capacity: int, overflow: Overflow) -> None:
         """Make the queue of a camera; before its reader starts."""
         queue = _Queue(camera_id, product, capacity, overflow)
         self._queues[camera_id] = queue
         self._products.setdefault(product, deque()).append(queue)
 
     def wait_for_room(self, camera_id: str, timeout_s: float) -> bool:
-        """Wait until a frame of this camera may be put: at once for `drop_oldest`, when there is room for `wait`."""
+        """Wait until a frame of this camera may be put: at once for `drop_oldest`, when there is room for `wait`, when
+        there is room or the oldest frame is late for `drop_late`. False after `timeout_s`.
+        """
         queue = self._queues[camera_id]
-        if queue.overflow == "drop_oldest":
-            return True
+        until = time.monotonic() + timeout_s
         with self._changed:
-            return self._changed.wait_for(lambda: queue.waiting() < queue.capacity or self._closed, timeout_s)
+            while (wait_s := self._room_in_s(queue)) > 0:
+                left_s = until - time.monotonic()
+                if left_s <= 0:
+                    return False
+                self._changed.wait(min(left_s, wait_s))
+            return True
 
     def put(self, frame: Frame) -> Frame | None:
-        """Queue a frame. Returns the frame that had to give way: the oldest one of a full queue, or None."""
+        """Queue a frame. Returns the frame that had to give way, with its cause: the oldest one of a full queue, or
+        None.
+        """
         with self._changed:
             queue = self._queue_of(frame)
-            evicted = queue.frames.popleft() if len(queue.frames) >= queue.capacity else None
+            evicted = self._evict(queue) if len(queue.frames) >= queue.capacity else None
             queue.frames.append(frame)
             self._note(queue.camera_id)
             self._changed.notify_all()
@@ -105,6 +113,24 @@ class Batcher:
 
     def _note(self, camera_id: str) -> None:
         self._metrics.queued(camera_id, self._queues[camera_id].waiting())
+
+    def _room_in_s(self, queue: _Queue) -> float:
+        """Say how long a full camera holds its reader back, if nothing is taken from it; 0 when there is room."""
+        if self._closed or queue.waiting() < queue.capacity or queue.overflow == "drop_oldest":
+            return 0.0
+        if queue.overflow == "wait":
+            return float("inf")
+        return min(self._late_in_s(each.frames[0]) for each in (queue, *queue.others.values()) if each.frames)
+
+    def _late_in_s(self, frame: Frame) -> float:
+        return max(0.0, frame.deadline_s - self.service_s - time.monotonic())
+
+    def _evict(self, queue: _Queue) -> Frame:
+        frame = queue.frames.popleft()
+        is_late = queue.overflow == "drop_late" and self._late_in_s(frame) <= 0
+        cause = Cause.DEADLINE if is_late else Cause.QUEUE_FULL
+        self._metrics.dropped(queue.camera_id, cause)
+        return replace(frame, image=None, cause=cause)
 
     def _due(self, now: float) -> tuple[str | None, float]:
         """Pick the product to send now, or say how long until the next one is old enough."""

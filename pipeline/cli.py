@@ -27,13 +27,13 @@ from rich.table import Table
 from pipeline import config as configuration
 from pipeline import deepstream, logs
 from pipeline.app import Line, read_manifests
-from pipeline.errors import CheckError, ConfigError, LineError
+from pipeline.errors import CheckError, ConfigError, DependencyError, LineError
 from pipeline.health import Health
 from pipeline.inference import InferenceClient
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.metrics import LineSnapshot, Metrics
 from pipeline.screen import draw, verdict_line
-from pipeline.tail import VerdictReader
+from pipeline.tail import VerdictReader, camera_states
 from pipeline.thresholds import ThresholdStore
 from pipeline.types import CameraState
 from pipeline.wire import schemas
@@ -152,8 +152,8 @@ def stack(context: typer.Context) -> None:
 
 @app.command(context_settings=_PASS_ON)
 def bench(context: typer.Context) -> None:
-    """Measure this machine: `bench line`, `bench serving` (each with --json)."""
-    kinds = {"line", "serving"}
+    """Measure this machine: `bench line`, `bench serving`, `bench ingest` (each with --json)."""
+    kinds = {"ingest", "line", "serving"}
     if not context.args or context.args[0] not in kinds:
         raise typer.BadParameter(f"name a benchmark: {', '.join(sorted(kinds))}")
     raise typer.Exit(_script(f"tests/benchmarks/{context.args[0]}.py", context.args[1:]))
@@ -161,9 +161,17 @@ def bench(context: typer.Context) -> None:
 
 @cameras_app.command("list")
 def cameras_list(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
-    """List the cameras of the line file."""
-    rows = [camera.model_dump(mode="json") for camera in configuration.load(config).cameras]
-    _answer(rows, as_json, _table(rows, ["id", "type", "product", "station", "queue_frames", "overflow"]))
+    """List the cameras of the line file, each with the last state that a worker reported of it on Kafka."""
+    settings = configuration.load(config)
+    states: dict[str, dict[str, str]] = {}
+    none = {"state": "never reported"}
+    try:
+        states = camera_states(settings.kafka, f"/{settings.site}/{settings.area}/{settings.line}")
+    except DependencyError as error:
+        none = {"state": "unknown"}
+        stderr.print(f"states are unknown: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    rows = [camera.model_dump(mode="json") | none | states.get(camera.id, {}) for camera in settings.cameras]
+    _answer(rows, as_json, _table(rows, ["id", "type", "product", "station", "overflow", "state", "reason", "since"]))
 
 
 @cameras_app.command("simulate", context_settings=_PASS_ON)

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -25,13 +25,11 @@ from pydantic_settings import (
 )
 
 from pipeline.cameras import (
+    AnyCamera,
     Block,
     Camera,
-    FolderCamera,
     Name,
     Positive,
-    RtspCamera,
-    VideoCamera,
     read_secret,
     without_credentials,
 )
@@ -41,6 +39,7 @@ from pipeline.stations import Station, StationView
 ENV_PREFIX = "LOGICRD_"
 _ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 MODELINE = "# yaml-language-server: $schema="
+_PATHS = {"password_file", "path"}  # of a camera, relative to the line file
 
 
 class Triton(Block):
@@ -297,9 +296,7 @@ def _rooted(config: LineConfig, root: Path) -> LineConfig:
         return None if path is None else root / path
 
     cameras = [
-        camera.model_copy(update={"password_file": rooted(camera.password_file)})
-        if isinstance(camera, RtspCamera)
-        else camera.model_copy(update={"path": rooted(camera.path)})
+        camera.model_copy(update={key: rooted(getattr(camera, key)) for key in _PATHS & set(type(camera).model_fields)})
         for camera in config.cameras
     ]
     triton = config.triton.model_copy(update={"models_repo": rooted(config.triton.models_repo)})
@@ -311,7 +308,7 @@ def _rooted(config: LineConfig, root: Path) -> LineConfig:
 
 
 def _secrets(config: LineConfig) -> Iterator[Path]:
-    cameras = (camera.password_file for camera in config.cameras if isinstance(camera, RtspCamera))
+    cameras = (getattr(camera, "password_file", None) for camera in config.cameras)
     yield from (path for path in (*cameras, config.redis.password_file) if path is not None)
 
 
@@ -337,7 +334,7 @@ def _known_keys(place: list[int | str]) -> list[str]:
     if not place:
         return list(LineConfig.model_fields)
     if place[0] == "cameras":
-        return sorted({key for kind in (RtspCamera, VideoCamera, FolderCamera) for key in kind.model_fields})
+        return sorted({key for kind in get_args(AnyCamera) for key in kind.model_fields})
     if place[0] == "stations":
         return list((StationView if "views" in place else Station).model_fields)
     block = LineConfig.model_fields.get(str(place[0]))

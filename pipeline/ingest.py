@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,12 +17,12 @@ import cv2
 import numpy as np
 import structlog
 
-from pipeline.cameras import Camera, RtspCamera
+from pipeline.cameras import Camera, LiveCamera
 from pipeline.errors import FrameError, SourceError
 from pipeline.health import Health
 from pipeline.metrics import Metrics
 from pipeline.sources import Source, open_source
-from pipeline.types import CameraState, Cause, Frame, Image, Picture
+from pipeline.types import IDLE, CameraState, Cause, Frame, Image, Picture
 
 FIRST_PAUSE_S = 0.5
 
@@ -60,6 +61,10 @@ class CameraReader:
         self._number = 0
         self._round = 0
         self._state = CameraState.CONNECTING
+        self._reason = ""
+        self._last_count: int | None = None
+        # The last picture's digest, and since when it has been the same.
+        self._still: tuple[int, float] | None = None
         self._stage = f"camera {camera.id}"
         self._thread = threading.Thread(target=self._run, name=self._stage, daemon=True)
 
@@ -93,10 +98,8 @@ class CameraReader:
     def _supervise(self) -> None:
         pause_s = FIRST_PAUSE_S
         while not self._stop.is_set():
-            self._line.health.beat(self._stage)
-            frames_before = self._number
             error = self._read_once()
-            if error is None and not isinstance(self._camera, RtspCamera):
+            if error is None and not isinstance(self._camera, LiveCamera):
                 if not self._camera.loop:
                     self._change(CameraState.ENDED)
                     return
@@ -108,13 +111,14 @@ class CameraReader:
             if self._stop.is_set():
                 return
             reason, text, hint = (error.reason, str(error), error.hint) if error else ("stream_ended", "", "")
+            had_pictures = self._state is CameraState.STREAMING
             self._change(CameraState.LOST, reason, text, hint)
-            pause_s = FIRST_PAUSE_S if self._number > frames_before else min(pause_s * 2, self._longest_pause_s())
+            pause_s = FIRST_PAUSE_S if had_pictures else min(pause_s * 2, self._longest_pause_s())
             self._line.health.retire(self._stage)  # a camera that is away is no stalled stage
             self._stop.wait(pause_s)
 
     def _longest_pause_s(self) -> float:
-        return self._camera.retry_max_s if isinstance(self._camera, RtspCamera) else FIRST_PAUSE_S
+        return self._camera.retry_max_s if isinstance(self._camera, LiveCamera) else FIRST_PAUSE_S
 
     def _read_once(self) -> SourceError | None:
         """Read from opening to the end or the loss of the source; gives the reason of a loss."""
@@ -127,22 +131,52 @@ class CameraReader:
 
     def _read_all(self, source: Source) -> None:
         next_due = time.monotonic()
+        self._last_count = None
         while not self._stop.is_set():
             self._line.health.beat(self._stage)
             if not self._line.wait_for_room(self._camera.id, 0.5) or self._stop.is_set():
                 continue  # the line makes room for nothing new when it ends
-            if (rate := getattr(self._camera, "rate", 0.0)) > 0:
+            if not isinstance(self._camera, LiveCamera) and (rate := self._camera.rate) > 0:
                 if self._stop.wait(max(0.0, next_due - time.monotonic())):
                     return
                 next_due = max(next_due + 1 / rate, time.monotonic() - 1 / rate)
             try:
                 picture = source.read()
             except FrameError as error:
+                self._count_gap(error.trigger_count)
                 self._hand_over_fault(error)
+                continue
+            if picture is IDLE:
+                if isinstance(self._camera, LiveCamera) and self._camera.is_triggered:
+                    self._change(CameraState.STREAMING)
                 continue
             if picture is None:
                 return
+            self._count_gap(picture.trigger_count)
+            self._refuse_frozen(picture)
             self._hand_over(picture)
+
+    def _count_gap(self, count: int | None) -> None:
+        """Report the frames that the camera counted and that never came."""
+        last, self._last_count = self._last_count, count
+        if count is not None and last is not None and count > last + 1:
+            self._line.metrics.dropped(self._camera.id, "missed", count - last - 1)
+            log.warning("frames missed", camera=self._camera.id, missed=count - last - 1)
+
+    def _refuse_frozen(self, picture: Picture) -> None:
+        """Give up a camera that repeats itself bit for bit: its part would be judged by the picture of another."""
+        limit_s = self._camera.frozen_after_s if isinstance(self._camera, LiveCamera) else None
+        if limit_s is None:
+            return
+        digest = zlib.crc32(np.ascontiguousarray(picture.image).data)
+        if self._still is None or digest != self._still[0]:
+            self._still = (digest, picture.captured_s)
+        still_s = picture.captured_s - self._still[1]
+        if still_s >= limit_s:
+            stamp = picture.captured_at, picture.captured_s, picture.part_id, picture.part_id_source
+            self._accept(None, *stamp, picture.trigger_count, Cause.CAMERA_LOST)
+            text = f"the same picture for {still_s:.1f} s"
+            raise SourceError(text, reason="frozen_picture", hint="restart the camera; see `frozen_after_s`")
 
     def _hand_over(self, picture: Picture) -> None:
         self._change(CameraState.STREAMING)
@@ -168,8 +202,10 @@ class CameraReader:
         log.warning("frame not usable", camera=self._camera.id, cause=Cause.FRAME_CORRUPT.value, error=str(error))
         captured_at = picture.captured_at if picture is not None else datetime.now(UTC)
         captured_s = picture.captured_s if picture is not None else time.monotonic()
-        trigger_count = picture.trigger_count if picture is not None else None
-        self._accept(None, captured_at, captured_s, error.part_id, error.part_id_source, trigger_count)
+        trigger_count = picture.trigger_count if picture is not None else error.trigger_count
+        self._accept(
+            None, captured_at, captured_s, error.part_id, error.part_id_source, trigger_count, Cause.FRAME_CORRUPT
+        )
 
     def _accept(
         self,
@@ -179,6 +215,7 @@ class CameraReader:
         part_id: str | None,
         part_id_source: str | None,
         trigger_count: int | None = None,
+        cause: Cause | None = None,
     ) -> None:
         self._number += 1
         if part_id is not None and self._round:
@@ -194,16 +231,16 @@ class CameraReader:
             captured_s=captured_s,
             deadline_s=captured_s + self._line.budget_s,
             image=image,
-            cause=Cause.FRAME_CORRUPT if image is None else None,
+            cause=cause,
             trigger_count=trigger_count,
         )
         self._line.metrics.stage("ingest", time.monotonic() - captured_s)
         self._line.accept(frame)
 
     def _change(self, state: CameraState, reason: str = "", text: str = "", hint: str = "") -> None:
-        if state is self._state:
+        if (state, reason) == (self._state, self._reason):
             return
-        self._state = state
+        self._state, self._reason = state, reason
         self._line.metrics.camera_state(self._camera.id, state, reason)
         self._line.announce(self._camera.id, state, reason)
         bad = state in {CameraState.LOST, CameraState.FAILED}

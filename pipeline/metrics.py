@@ -32,12 +32,16 @@ class CameraFigures:
     queued: int = 0
     judgements: Tally[Judgement] = field(default_factory=Tally)
     causes: Tally[str] = field(default_factory=Tally)
+    dropped: Tally[str] = field(default_factory=Tally)
     latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
 
 @dataclass(frozen=True, slots=True)
 class CameraSnapshot:
-    """A camera's figures at one moment; `p50_ms` and `p99_ms` are from capture to verdict, None before the first."""
+    """A camera's figures at one moment; `p50_ms` and `p99_ms` are from capture to verdict, None before the first.
+
+    `dropped` counts frames that never reached the server, by cause; `missed` are gaps in the camera's own count.
+    """
 
     camera_id: str
     product: str
@@ -48,6 +52,7 @@ class CameraSnapshot:
     queued: int
     judgements: dict[str, int]
     causes: dict[str, int]
+    dropped: dict[str, int]
     p50_ms: float | None
     p99_ms: float | None
 
@@ -119,6 +124,12 @@ class Metrics:
         self._resets = Counter(
             "inspection_counter_resets", "Trigger counters aligned anew", ["camera"], registry=registry
         )
+        self._dropped = Counter(
+            "inspection_frames_dropped", "Frames that never reached the server", ["camera", "cause"], registry=registry
+        )
+        self._losses = Counter(
+            "inspection_camera_losses", "Times a camera was lost", ["camera", "reason"], registry=registry
+        )
         self._stage = Histogram(
             "inspection_stage_seconds", "Time in a stage", ["stage"], buckets=_LATENCY_BUCKETS_S, registry=registry
         )
@@ -147,17 +158,25 @@ class Metrics:
         self._up.labels(camera_id).set(0)
 
     def camera_state(self, camera_id: str, state: CameraState, reason: str = "") -> None:
-        """Note what a camera's reader is doing."""
+        """Note what a camera's reader is doing; `reason` is a code, for the states that have one."""
         with self._lock:
             figures = self._cameras[camera_id]
             figures.state, figures.reason = state, reason
         self._up.labels(camera_id).set(state is CameraState.STREAMING)
+        if state in {CameraState.LOST, CameraState.FAILED}:
+            self._losses.labels(camera_id, reason).inc()
 
     def frame(self, camera_id: str) -> None:
         """Count a frame that was read, usable or not."""
         with self._lock:
             self._cameras[camera_id].frames += 1
         self._frames.labels(camera_id).inc()
+
+    def dropped(self, camera_id: str, cause: str, count: int = 1) -> None:
+        """Count frames that never reached the server: a `Cause`, or `missed` for gaps in the camera's own count."""
+        with self._lock:
+            self._cameras[camera_id].dropped[str(cause)] += count
+        self._dropped.labels(camera_id, str(cause)).inc(count)
 
     def queued(self, camera_id: str, frames: int) -> None:
         """Note how many frames of a camera wait for inference."""
@@ -263,6 +282,7 @@ def _camera_snapshot(name: str, figures: CameraFigures) -> CameraSnapshot:
         queued=figures.queued,
         judgements={judgement.value: figures.judgements[judgement] for judgement in Judgement},
         causes=dict(figures.causes),
+        dropped=dict(figures.dropped),
         p50_ms=p50,
         p99_ms=p99,
     )

@@ -1,6 +1,7 @@
 """Verdicts as a MES reads them: a plain consumer on the verdict topic, decoded and filtered.
 
-Used by `logicrd verdicts tail` and by tests that must not trust the worker's own account. Commits no offsets.
+Used by `logicrd verdicts tail`, `logicrd cameras list` and by tests that must not trust the worker's own account.
+Commits no offsets.
 """
 
 from __future__ import annotations
@@ -83,6 +84,21 @@ class VerdictReader:
         assert self._consumer is not None  # noqa: S101 (set by __enter__)
         for records in self._consumer.poll(timeout_ms=250).values():
             yield from map(_event, records)
+
+
+def camera_states(settings: KafkaSettings, source: str) -> dict[str, dict[str, str]]:
+    """Give each camera's last status event on the topic as `{"state", "reason", "since", "worker"}`, by camera.
+
+    `source` is the line's, `/site/area/line`. Raises DependencyError.
+    """
+    with VerdictReader(settings, topic="status.v1", start="first") as reader:
+        events = [event for event in reader.read_to_end() if event.get("attributes", {}).get("source") == source]
+    states = {}
+    for event in sorted(events, key=lambda event: str(event["attributes"].get("time", ""))):
+        data = event["data"]
+        shown = {key: str(data.get(key, "")) for key in ("state", "reason", "worker")}
+        states[str(data.get("cameraId"))] = {**shown, "since": str(event["attributes"].get("time", ""))}
+    return states
 
 
 def _event(record: Any) -> dict[str, Any]:  # noqa: ANN401 (the library's record has no public type)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from enum import StrEnum
+from enum import Enum, StrEnum
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -63,11 +64,22 @@ class CameraState(StrEnum):
     FAILED = "failed"
 
 
+class Idle(Enum):
+    """What a source's `read` gives when nothing came for a moment and the camera is well."""
+
+    IDLE = "idle"
+
+
+IDLE: Final = Idle.IDLE
+
+
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture as a source hands it over, at the camera's own size.
+    """One picture as a source hands it over, at the camera's own size; `image` may be the source's own memory, which
+    holds until its next `read`.
 
-    `trigger_count` is the camera's own count of its triggers, where it has one.
+    `trigger_count` is the camera's own count of its frames: it grows by one a frame and starts anew with each opening,
+    so that within one a gap is frames that never came. `device_timestamp_ns` is the camera's clock.
     """
 
     image: Image
@@ -76,6 +88,7 @@ class Picture:
     part_id: str | None = None
     part_id_source: str | None = None
     trigger_count: int | None = None
+    device_timestamp_ns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ missing_packages() {
     [ -s "$KAFKA_STAMP" ] || command -v mvn >/dev/null || echo maven
     command -v redis-server >/dev/null || echo redis-server
     command -v arv-fake-gv-camera-0.8 >/dev/null || echo aravis-tools
+    has_aravis || echo gir1.2-aravis-0.8
     missing_gstreamer
   fi
 }
@@ -57,6 +58,11 @@ has_java() {
 
 java_package() {
   if apt-cache show openjdk-17-jre-headless >/dev/null 2>&1; then echo openjdk-17-jre-headless; else echo default-jre-headless; fi
+}
+
+# GenICam cameras are read in Debian's own Python as well.
+has_aravis() {
+  /usr/bin/python3 -c 'import gi; gi.require_version("Aravis", "0.8")' 2>/dev/null
 }
 
 # The RTSP server runs in Debian's own Python, because the GObject bindings belong to that one.

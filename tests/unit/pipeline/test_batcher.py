@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from pipeline.batcher import Batcher
 from pipeline.metrics import Metrics
-from pipeline.types import Frame
+from pipeline.types import Cause, Frame
 
 LONG_S = 60.0
 OLD_S = 100.0
@@ -237,3 +237,30 @@ def test_a_camera_waits_for_room_whatever_its_frames_are(make_batcher, make_fram
     assert batcher.wait_for_room("a/1", 0.0)
     batcher.put(make_frame(camera_id="a/1", product="b", number=2))
     assert not batcher.wait_for_room("a/1", 0.0)
+
+
+def test_drop_late_gives_up_only_what_can_no_longer_be_judged(make_batcher, make_frame):
+    """With `drop_late` a full queue holds the reader back until its oldest frame is late; that one gives way as
+    `deadline`, and is counted."""
+    batcher = make_batcher("a/1", capacity=2, max_size=8, overflow="drop_late")
+    now = time.monotonic()
+    for number, left_s in ((1, 0.15), (2, 50.0)):
+        batcher.put(make_frame(camera_id="a/1", product="a", number=number, captured_s=now, deadline_s=now + left_s))
+    assert not batcher.wait_for_room("a/1", 0.0)
+    assert batcher.wait_for_room("a/1", 60.0)
+    assert time.monotonic() - now >= 0.15
+    evicted = batcher.put(make_frame(camera_id="a/1", product="a", number=3))
+    assert (evicted.number, evicted.cause, evicted.image) == (1, Cause.DEADLINE, None)
+    assert not batcher.wait_for_room("a/1", 0.0)
+    batcher.service_s = 60.0  # the server has become slow: number 2 has not that much time left
+    assert batcher.wait_for_room("a/1", 0.0)
+    assert batcher._metrics.snapshot().cameras[0].dropped == {"deadline": 1}
+
+
+def test_a_frame_that_gives_way_says_why(make_batcher, make_frame):
+    """With `drop_oldest` the cause is `queue_full`, and the drop is counted for its camera."""
+    batcher = make_batcher("a/1", capacity=1)
+    batcher.put(frame_of(make_frame, "a/1", 1))
+    evicted = batcher.put(frame_of(make_frame, "a/1", 2))
+    assert (evicted.cause, evicted.image) == (Cause.QUEUE_FULL, None)
+    assert batcher._metrics.snapshot().cameras[0].dropped == {"queue_full": 1}

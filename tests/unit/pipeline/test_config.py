@@ -11,6 +11,8 @@ from pipeline import config
 from pipeline.errors import ConfigError
 
 CAMERA = {"id": "c1", "type": "folder", "product": "tray", "path": "pictures"}
+GENICAM = {"id": "c1", "type": "genicam", "product": "tray"}
+USB = {"id": "c1", "type": "usb", "product": "tray", "device": 0}
 
 
 def station_of(*views):
@@ -36,6 +38,11 @@ RTSP = {"id": "c1", "type": "rtsp", "product": "tray", "url": "rtsp://127.0.0.1:
         ({"cameras": [CAMERA | {"queue_frames": "many"}]}, ["cameras[0].queue_frames:", "integer"]),
         ({"cameras": [CAMERA | {"product": "Tray 1"}]}, ["cameras[0].product:"]),
         ({"cameras": [CAMERA | {"type": "rtps"}]}, ["cameras[0]:", "rtps", "rtsp", "video", "folder"]),
+        ({"cameras": [GENICAM | {"exposre_us": 5}]}, ["cameras[0].exposre_us: unknown key", "`exposure_us`"]),
+        ({"cameras": [GENICAM | {"trigger": "Software"}]}, ["cameras[0].trigger:", "software"]),
+        ({"cameras": [GENICAM | {"trigger": "software"}]}, ["cameras[0]", "needs `rate`"]),
+        ({"cameras": [GENICAM | {"packet_size": "big"}]}, ["cameras[0].packet_size"]),
+        ({"cameras": [USB | {"device": "video0"}]}, ["cameras[0].device:"]),
         ({"cameras": []}, ["cameras:"]),
         ({"cameras": [CAMERA, CAMERA]}, ["two cameras are called 'c1'"]),
         ({"evidence": True}, ["evidence:", "dictionary"]),
@@ -189,3 +196,16 @@ def test_every_product_that_a_part_may_have_is_known_before_the_start(line_file)
     station["views"] = [{"camera": "c1"}, {"camera": "c2", "product": "cap"}]
     loaded = config.load(line_file(cameras=[CAMERA, CAMERA | {"id": "c2"}], stations=[station]))
     assert loaded.products == ["tray", "cap", "lid"]
+
+
+def test_a_triggered_camera_never_drops_unless_told_to(line_file):
+    """A free running camera gives up its oldest frame, a triggered one none; what the file says holds."""
+    blocks = [
+        GENICAM,
+        GENICAM | {"id": "c2", "trigger": "Line0"},
+        GENICAM | {"id": "c3", "trigger": "Line1", "overflow": "drop_late"},
+        USB | {"id": "c4"},
+    ]
+    cameras = config.load(line_file(cameras=blocks)).cameras
+    assert [camera.overflow for camera in cameras] == ["drop_oldest", "wait", "drop_late", "drop_oldest"]
+    assert cameras[3].device == "/dev/video0"
