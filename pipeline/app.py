@@ -26,7 +26,7 @@ from pipeline.evidence import Evidence
 from pipeline.health import Health, HealthPage
 from pipeline.inference import InferenceClient
 from pipeline.ingest import CameraReader, Handover
-from pipeline.manifest import Manifest, read_manifest
+from pipeline.manifest import Manifest, read_manifest, region_doubts, with_models_region
 from pipeline.metrics import LineSnapshot, Metrics
 from pipeline.parts import OpenParts
 from pipeline.sink import Sink
@@ -157,6 +157,8 @@ class Line:
             run=run,
             budget_s=self._config.budget_ms / 1e3,
         )
+        for doubt in region_doubts(self._config.cameras, self._manifests):
+            log.warning("region differs from the model's", doubt=doubt)
         readers = []
         for camera in self._config.cameras:
             self.metrics.camera(camera.id, product=camera.product, station=camera.station)
@@ -164,7 +166,8 @@ class Line:
                 camera.id, product=camera.product, capacity=camera.queue_frames, overflow=camera.overflow
             )
             size = self._manifests[camera.product].input
-            readers.append(CameraReader(camera, (size.height, size.width), handover))
+            seen = with_models_region(camera, self._manifests[camera.product])
+            readers.append(CameraReader(seen, (size.height, size.width), handover))
         return readers
 
     def _start_evidence(self) -> None:
@@ -305,7 +308,7 @@ class Line:
             verdict=verdict,
             sequence=sequence,
             decided_s=time.monotonic(),
-            regions=() if anomaly_map is None else regions(anomaly_map, calibration.heatmap.limit),
+            regions=() if anomaly_map is None else regions(anomaly_map, calibration.heatmap.limit, frame.view),
             image_ref=self._evidence.reference(inference, verdict.judgement),
         )
         self._evidence.keep(part)

@@ -30,7 +30,7 @@ from pipeline.app import Line, read_manifests
 from pipeline.errors import CheckError, ConfigError, LineError
 from pipeline.events import schemas
 from pipeline.inference import InferenceClient
-from pipeline.manifest import Manifest, read_manifest
+from pipeline.manifest import Manifest, read_manifest, region_doubts
 from pipeline.metrics import LineSnapshot
 from pipeline.screen import draw, verdict_line
 from pipeline.tail import VerdictReader
@@ -121,6 +121,7 @@ def check(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     logs.configure(level="error")
     settings = configuration.load(config)
     manifests = read_manifests(settings)
+    doubts = region_doubts(settings.cameras, manifests)
     done = [f"line file {config}", *(f"manifest {product}" for product in manifests)]
     client = InferenceClient(settings.triton, manifests)
     try:
@@ -134,7 +135,8 @@ def check(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     done.append(f"Redis at {settings.redis.url}")
     with VerdictReader(settings.kafka, start="now"):
         done.append(f"Kafka at {', '.join(settings.kafka.bootstrap)}")
-    _answer({"ok": True, "checked": done}, as_json, "\n".join(f"good  {what}" for what in done))
+    lines = [*(f"good  {what}" for what in done), *(f"look  {doubt}" for doubt in doubts)]
+    _answer({"ok": True, "checked": done, "doubts": doubts}, as_json, "\n".join(lines))
 
 
 @app.command(context_settings=_PASS_ON)
