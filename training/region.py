@@ -9,6 +9,7 @@ import base64
 import binascii
 import math
 import struct
+import zlib
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +54,8 @@ class RegionOfInterest(BaseModel):
     """Left, top, width and height of the part to look at. Unset: the whole picture."""
     rotate: Annotated[float, Field(ge=-360, le=360, allow_inf_nan=False)] = 0.0
     """Degrees by which the picture is turned clockwise about the crop's centre; the corners show what lies around the
-    crop, and grey beyond the picture. From one quarter turn on width and height change places."""
+    crop, and grey beyond the picture. Nearer to a quarter or three quarter turns width and height change
+    places."""
     mask: (
         Annotated[
             Annotated[str, Tag("file")] | Annotated[list[Polygon], Field(min_length=1), Tag("polygons")],
@@ -72,6 +74,9 @@ class RegionOfInterest(BaseModel):
             raise ValueError(f"`crop` is {w} x {h} pixels: give `[x, y, width, height]`")
         if x + w > width or y + h > height:
             raise ValueError(f"`crop` reaches to {x + w}, {y + h}, outside of the picture of {width} x {height}")
+        corners = [] if self.mask is None or isinstance(self.mask, str) else [c for shape in self.mask for c in shape]
+        if any(not (0 <= a <= width and 0 <= b <= height) for a, b in corners):
+            raise ValueError(f"`mask` has a corner outside of the picture of {width} x {height}")
         inside = None if self.mask is None or self.by_file else self.inside()
         if inside is not None and not inside[y : y + h, x : x + w].any():
             raise ValueError("`mask` leaves nothing of the crop to inspect")
@@ -97,8 +102,7 @@ class RegionOfInterest(BaseModel):
             return mask_of(self.mask, width, height)
         drawn = np.zeros((height, width), np.uint8)
         for polygon in self.mask:
-            corners = np.clip(np.round(np.array(polygon)), -1, [width, height]).astype(np.int32)
-            cv2.fillPoly(drawn, [corners], 255)
+            cv2.fillPoly(drawn, [np.round(np.array(polygon)).astype(np.int32)], 255)
         return drawn
 
     def cut(self, image: Image) -> Image:
@@ -137,7 +141,7 @@ def mask_of(text: str, width: int, height: int) -> Image:
         raise ValueError("`mask` is not base64") from None
     if len(raw) > MAX_MASK_BYTES:
         raise ValueError(f"`mask` has {len(raw)} bytes, at most {MAX_MASK_BYTES}: save it in black and white")
-    if len(raw) < 33 or raw[:8] != b"\x89PNG\r\n\x1a\n" or not raw.endswith(b"IEND\xaeB`\x82"):
+    if not _is_whole_png(raw):
         raise ValueError("`mask` is no whole PNG file")
     found_width, found_height, bits, colour = struct.unpack(">IIBB", raw[16:26])
     if (found_width, found_height) != (width, height):
@@ -149,6 +153,18 @@ def mask_of(text: str, width: int, height: int) -> Image:
     if grey is None or grey.shape != (height, width):
         raise ValueError("`mask` cannot be decoded: save it again")
     return np.where(np.asarray(grey) >= 128, np.uint8(255), np.uint8(0))
+
+
+def _is_whole_png(raw: bytes) -> bool:
+    """Walk the chunks from the header to the end, checksums included: OpenCV decodes a damaged file without a word."""
+    at, kinds = 8, []
+    while raw[:8] == b"\x89PNG\r\n\x1a\n" and at + 12 <= len(raw):
+        end = at + 12 + int.from_bytes(raw[at : at + 4], "big")
+        if zlib.crc32(raw[at + 4 : end - 4]) != int.from_bytes(raw[end - 4 : end], "big"):
+            return False
+        kinds.append(raw[at + 4 : at + 8])
+        at = end
+    return kinds[:1] == [b"IHDR"] and kinds[-1] == b"IEND" and len(raw) == at
 
 
 def cut_region(image: Image, crop: Rectangle, rotate: float, inside: Image | None) -> Image:
