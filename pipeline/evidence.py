@@ -28,6 +28,7 @@ from pipeline.types import Image, Inference, Judgement, PartVerdict, View
 _STAGE = "evidence"
 _QUEUE_LENGTH = 64
 _PANEL_HEIGHT = 320
+_TITLE_WIDTH = 2 * round(_PANEL_HEIGHT * 4 / 3)
 
 log = structlog.get_logger(__name__)
 
@@ -126,9 +127,11 @@ class Evidence:
         heat = image if inference.anomaly_map is None else overlay(image, inference.anomaly_map, scale)
         width, height = _panel_size(inference.frame.view)
         pair = [cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR) for part in (image, heat)]
-        text = np.full((28, 2 * width, 3), 32, np.uint8)
-        cv2.putText(text, title, (8, 19), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (230, 230, 230), 1, cv2.LINE_AA)
-        panel: Image = np.concatenate([np.concatenate(pair, axis=1), text], axis=0).astype(np.uint8)
+        shown = np.concatenate(pair, axis=1)
+        panel = np.full((height + 28, max(_TITLE_WIDTH, 2 * width), 3), 32, np.uint8)
+        panel[:height, : 2 * width] = shown
+        place = (8, height + 19)
+        cv2.putText(panel, title, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (230, 230, 230), 1, cv2.LINE_AA)
         return panel
 
 
