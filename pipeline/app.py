@@ -25,7 +25,7 @@ from pipeline.health import Health, HealthPage
 from pipeline.inference import InferenceClient
 from pipeline.ingest import CameraReader, Handover
 from pipeline.judge import TICK_S, Judge
-from pipeline.manifest import Manifest, read_manifest
+from pipeline.manifest import Manifest, read_manifest, region_doubts, with_models_region
 from pipeline.metrics import LineSnapshot, Metrics
 from pipeline.parts import Parts
 from pipeline.sink import Sink
@@ -168,6 +168,8 @@ class Line:
             run=run,
             budget_s=self._config.budget_ms / 1e3,
         )
+        for doubt in region_doubts(self._config.cameras, self._manifests):
+            log.warning("region differs from the model's", doubt=doubt)
         readers = []
         for camera in self._config.cameras:
             self.metrics.camera(camera.id, product=camera.product, station=camera.station)
@@ -175,7 +177,8 @@ class Line:
                 camera.id, product=camera.product, capacity=camera.queue_frames, overflow=camera.overflow
             )
             size = self._manifests[camera.product].input
-            readers.append(CameraReader(camera, (size.height, size.width), handover))
+            seen = with_models_region(camera, self._manifests[camera.product])
+            readers.append(CameraReader(seen, (size.height, size.width), handover))
         return readers
 
     def _start_evidence(self) -> None:

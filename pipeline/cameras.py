@@ -13,6 +13,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.region import RegionOfInterest
 
 PRODUCT_PATTERN = r"^[a-z][a-z0-9-]{0,39}$"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
@@ -45,6 +46,15 @@ class _Camera(Block):
     holds the reader back."""
     picture_size: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=2, max_length=2)] | None = None
     """Width and height that every picture must have; another size is `frame_corrupt`. Unset: any size is resized."""
+    region: RegionOfInterest | None = None
+    """Which part of the picture is inspected. Unset: the region that the model was trained with, or the whole picture
+    where it was trained on whole ones."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> _Camera:
+        if self.region is not None and self.picture_size not in (None, self.region.picture_size):
+            raise ValueError("`picture_size` and `region.picture_size` differ: a camera has one")
+        return self
 
 
 class LiveCamera(_Camera):

@@ -30,7 +30,7 @@ from pipeline.app import Line, read_manifests
 from pipeline.errors import CheckError, ConfigError, DependencyError, LineError
 from pipeline.health import Health
 from pipeline.inference import InferenceClient
-from pipeline.manifest import Manifest, read_manifest
+from pipeline.manifest import Manifest, read_manifest, region_doubts
 from pipeline.metrics import LineSnapshot, Metrics
 from pipeline.screen import draw, verdict_line
 from pipeline.tail import VerdictReader, camera_states
@@ -124,6 +124,7 @@ def check(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     logs.configure(level="error")
     settings = configuration.load(config)
     manifests = read_manifests(settings)
+    doubts = region_doubts(settings.cameras, manifests)
     done = [f"line file {config}", *(f"manifest {product}" for product in manifests)]
     client = InferenceClient(settings.triton, manifests, metrics=Metrics(), health=Health())
     try:
@@ -141,7 +142,8 @@ def check(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     for topic in ("verdict.v1", "trigger.v1") if triggered else ("verdict.v1",):
         with VerdictReader(settings.kafka, topic=topic, start="now"):
             done.append(f"Kafka at {', '.join(settings.kafka.bootstrap)}, topic {topic}")
-    _answer({"ok": True, "checked": done}, as_json, "\n".join(f"good  {what}" for what in done))
+    lines = [*(f"good  {what}" for what in done), *(f"look  {doubt}" for doubt in doubts)]
+    _answer({"ok": True, "checked": done, "doubts": doubts}, as_json, "\n".join(lines))
 
 
 @app.command(context_settings=_PASS_ON)

@@ -34,6 +34,7 @@ from pipeline.cameras import (
     without_credentials,
 )
 from pipeline.errors import ConfigError
+from pipeline.region import RegionOfInterest, with_mask_read
 from pipeline.stations import Station, StationView
 
 ENV_PREFIX = "LOGICRD_"
@@ -259,7 +260,7 @@ def load(path: Path) -> LineConfig:
         ) from None
     except TypeError:
         raise ConfigError(f"{path}: keys must be words", hint="`logicrd config schema` lists every key") from None
-    config = _rooted(config, path.resolve().parent)
+    config = _with_masks_read(_rooted(config, path.resolve().parent), path)
     for secret in _secrets(config):
         read_secret(secret)
     return config
@@ -307,6 +308,19 @@ def _rooted(config: LineConfig, root: Path) -> LineConfig:
     return config.model_copy(update={"cameras": cameras, "triton": triton, "redis": redis, "evidence": evidence})
 
 
+def _with_masks_read(config: LineConfig, path: Path) -> LineConfig:
+    """Put the files of the regions' masks into the settings. Raises ConfigError."""
+    cameras = []
+    for camera in config.cameras:
+        region = camera.region
+        try:
+            region = None if region is None else with_mask_read(region, path.resolve().parent)
+        except ValueError as error:
+            raise ConfigError(f"{path}: camera {camera.id!r}: region: {error}", hint="check `region.mask`") from None
+        cameras.append(camera.model_copy(update={"region": region}))
+    return config.model_copy(update={"cameras": cameras})
+
+
 def _secrets(config: LineConfig) -> Iterator[Path]:
     cameras = (getattr(camera, "password_file", None) for camera in config.cameras)
     yield from (path for path in (*cameras, config.redis.password_file) if path is not None)
@@ -333,6 +347,8 @@ def _known_keys(place: list[int | str]) -> list[str]:
     """List the keys that may stand at a place of the file."""
     if not place:
         return list(LineConfig.model_fields)
+    if "region" in place:
+        return list(RegionOfInterest.model_fields)
     if place[0] == "cameras":
         return sorted({key for kind in get_args(AnyCamera) for key in kind.model_fields})
     if place[0] == "stations":

@@ -21,6 +21,7 @@ from pipeline.cameras import Camera, LiveCamera
 from pipeline.errors import FrameError, SourceError
 from pipeline.health import Health
 from pipeline.metrics import Metrics
+from pipeline.region import cut_region
 from pipeline.sources import Source, open_source
 from pipeline.types import IDLE, CameraState, Cause, Frame, Image, Picture
 
@@ -56,6 +57,8 @@ class CameraReader:
     def __init__(self, camera: Camera, model_size: tuple[int, int], line: Handover) -> None:
         self._camera = camera
         self._model_size = model_size
+        self._view = None if camera.region is None else camera.region.view
+        self._inside = None if camera.region is None else camera.region.inside()
         self._line = line
         self._stop = threading.Event()
         self._number = 0
@@ -180,7 +183,8 @@ class CameraReader:
 
     def _hand_over(self, picture: Picture) -> None:
         self._change(CameraState.STREAMING)
-        expected = self._camera.picture_size
+        view = self._view
+        expected = self._camera.picture_size if view is None else list(view.picture)
         height, width = picture.image.shape[:2]
         if expected is not None and expected != [width, height]:
             wrong = f"picture is {width} x {height}, `picture_size` says {expected[0]} x {expected[1]}"
@@ -188,7 +192,8 @@ class CameraReader:
                 FrameError(wrong, part_id=picture.part_id, part_id_source=picture.part_id_source), picture
             )
             return
-        image = to_model_size(picture.image, *self._model_size)
+        image = picture.image if view is None else cut_region(picture.image, view.crop, view.rotate, self._inside)
+        image = to_model_size(image, *self._model_size)
         self._accept(
             image,
             picture.captured_at,
@@ -233,6 +238,7 @@ class CameraReader:
             image=image,
             cause=cause,
             trigger_count=trigger_count,
+            view=self._view,
         )
         self._line.metrics.stage("ingest", time.monotonic() - captured_s)
         self._line.accept(frame)

@@ -222,7 +222,7 @@ class Judge:
             decided_s=time.monotonic(),
             regions=()
             if anomaly_map is None or calibration is None
-            else regions(anomaly_map, calibration.heatmap.limit),
+            else regions(anomaly_map, calibration.heatmap.limit, frame.view),
             image_ref=self._evidence.reference(inference, verdict.judgement),
         )
         self._evidence.keep(view)

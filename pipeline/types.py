@@ -131,11 +131,24 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class View:
+    """Which part of the camera's picture a frame shows: all sizes in pixels of that picture.
+
+    `picture` is (width, height), `crop` is (x, y, width, height), `rotate` degrees clockwise; see `region`.
+    """
+
+    picture: tuple[int, int]
+    crop: tuple[int, int, int, int]
+    rotate: float
+
+
+@dataclass(frozen=True, slots=True)
 class Frame:
     """One view of one part on its way through the line.
 
     `image` is at model size; it is None exactly when `cause` says why the picture cannot be judged.
-    `number` counts the frames of this camera since the worker started, from 1.
+    `number` counts the frames of this camera since the worker started, from 1. `view` is None where the frame shows the
+    camera's whole picture.
     """
 
     camera_id: str
@@ -151,6 +164,7 @@ class Frame:
     cause: Cause | None = None
     trigger_count: int | None = None
     meas_id: str | None = None
+    view: View | None = None
 
 
 @dataclass(frozen=True, slots=True)
