@@ -201,9 +201,10 @@ def test_the_mux_has_known_keys_and_a_deadline(rendered: dict[Path, str]) -> Non
 
 
 def test_the_example_is_the_renderers(rendered: dict[Path, str]) -> None:
-    """What lies in deploy/deepstream/example is what the renderer writes for deploy/config/line.yaml, and no more.
+    r"""What lies in deploy/deepstream/example is what the renderer writes for deploy/config/line.yaml, and no more.
 
-    Anew: logicrd deepstream render deploy/config/line.yaml --out deploy/deepstream/example --root /opt/logicrd/deepstream
+    Anew: logicrd deepstream render deploy/config/line.yaml --out deploy/deepstream/example \
+    --root /opt/logicrd/deepstream
     """
     there = {path.relative_to(EXAMPLE): path.read_text() for path in EXAMPLE.rglob("*") if path.is_file()}
     assert there == rendered
