@@ -10,15 +10,18 @@ from __future__ import annotations
 import gc
 import math
 import queue
+import secrets
 import socket
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from datetime import UTC, datetime
 
 import structlog
 
 from pipeline.batcher import Batcher
+from pipeline.cameras import Camera
 from pipeline.config import LineConfig
 from pipeline.errors import ConfigError, DependencyError, LineError
 from pipeline.events import Encoder, Place
@@ -26,9 +29,10 @@ from pipeline.evidence import Evidence
 from pipeline.health import Health, HealthPage
 from pipeline.inference import InferenceClient
 from pipeline.ingest import CameraReader, Handover
-from pipeline.manifest import Manifest, read_manifest
+from pipeline.manifest import Manifest, products_in, read_manifest
 from pipeline.metrics import LineSnapshot, Metrics
 from pipeline.parts import OpenParts
+from pipeline.pool import CameraPool
 from pipeline.sink import Sink
 from pipeline.thresholds import ThresholdCache, ThresholdStore
 from pipeline.types import CameraState, Cause, Frame, Inference, PartVerdict
@@ -38,6 +42,8 @@ _TICK_S = 0.05
 """How often deadlines are looked at: the most by which an overdue verdict is late."""
 _MAX_RESULTS = 4096
 _DRAIN_MARGIN_S = 1.0
+_REMOVE_S = 2.0
+"""Longest wait for the readers of removed cameras to let go of them; Kafka's heartbeats wait as well."""
 _SERVICE_WEIGHT = 0.2
 # PyAV's frames lie in reference cycles, half a megabyte each: too few objects for Python to look after them soon.
 _COLLECT_EVERY_S = 2.0
@@ -51,8 +57,8 @@ class Line:
     def __init__(self, config: LineConfig) -> None:
         self._config = config
         self._manifests = read_manifests(config)
-        now = datetime.now(UTC)
-        run = now.strftime("%Y%m%dT%H%M%S")
+        # Workers that start in the same second give different names to the parts of a camera that moves between them.
+        run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
         self._place = Place(
             config.site, config.area, config.line, worker=f"{socket.gethostname()}-{run}", budget_ms=config.budget_ms
         )
@@ -75,7 +81,17 @@ class Line:
         self._results: queue.Queue[Inference] = queue.Queue(_MAX_RESULTS)
         self._stop_dispatch = threading.Event()
         self._stop_judge = threading.Event()
-        self._readers = self._make_readers(run)
+        self.epoch: int | None = None
+        self._handover = self._make_handover(run)
+        self._readers: dict[str, CameraReader] = {}
+        self._numbers: dict[str, int] = {}
+        for camera in config.cameras:
+            self._readers[camera.id] = self._make_reader(camera)
+        self._pool = (
+            None
+            if config.pool is None
+            else CameraPool(config.kafka, config.pool, self, metrics=self.metrics, health=self.health)
+        )
         self._threads = [
             threading.Thread(target=self._dispatch, name="dispatcher", daemon=True),
             threading.Thread(target=self._judge_all, name="judge", daemon=True),
@@ -88,29 +104,66 @@ class Line:
     def start(self) -> None:
         """Reach every dependency, then start the cameras. Raises DependencyError or CheckError; nothing stays up."""
         try:
-            self._inference.start()
+            for product in self._inference.start(optional=self._manifests.keys() - set(self._config.products)):
+                del self._manifests[product]
             self._thresholds.start()
             self._sink.start()
             self._start_evidence()
+            if self._pool is not None:
+                self._pool.connect()
             self._start_page()
         except LineError:
+            if self._pool is not None:
+                self._pool.close()
             self._sink.close()
             self._thresholds.close()
             self._inference.close()
             raise
         for thread in self._threads:
             thread.start()
-        for reader in self._readers:
+        for reader in self._readers.values():
             reader.start()
         self.health.ready("triton", state=True)
+        if self._pool is not None:
+            self._pool.start(self._readers)
         gc.collect()
         gc.freeze()  # what is here now stays: the collections of the judge look at the frames' garbage only
-        log.info("line started", line=self._config.line, cameras=len(self._readers), products=self._config.products)
+        log.info("line started", line=self._config.line, cameras=len(self._config.cameras), products=[*self._manifests])
 
     @property
     def finished(self) -> bool:
         """Whether no camera will give another frame."""
-        return all(reader.finished for reader in self._readers)
+        return self._pool is None and all(reader.finished for reader in self._readers.values())
+
+    @property
+    def products(self) -> Collection[str]:
+        """Products that this worker can judge, once started."""
+        return self._manifests.keys()
+
+    def add_camera(self, camera: Camera) -> None:
+        """Begin to read a camera while the line runs; its product is one of `products`, its id is free."""
+        reader = self._readers[camera.id] = self._make_reader(camera)
+        reader.start()
+
+    def remove_cameras(self, camera_ids: Collection[str], reason: str) -> None:
+        """Take no more frames of these cameras, and give their readers `_REMOVE_S` to let go of them.
+
+        The parts under way still get their verdicts. `reason` is a short code for the cameras' last status events.
+        """
+        removed = {name: self._readers.pop(name) for name in camera_ids}  # from here on nothing of theirs is taken
+        for reader in removed.values():
+            reader.stop()
+        until = time.monotonic() + _REMOVE_S
+        for name, reader in removed.items():
+            reader.join(max(0.0, until - time.monotonic()))
+            self._numbers[name] = reader.number
+            self._batcher.remove_camera(name)
+            self.metrics.retire(name)
+            self._announce(name, CameraState.ENDED, reason)
+
+    def refuse_camera(self, camera_id: str, reason: str) -> None:
+        """Tell the world that a camera of the pool is not read here."""
+        self._announce(camera_id, CameraState.FAILED, reason)
 
     def snapshot(self) -> LineSnapshot:
         """Give the line's figures of this moment."""
@@ -118,12 +171,17 @@ class Line:
 
     def close(self) -> LineSnapshot:
         """Stop the cameras, let every open part get its verdict, deliver what is left; gives the last figures."""
-        for reader in self._readers:
+        if self._pool is not None:
+            self._pool.stop()
+        readers = list(self._readers.values())
+        for reader in readers:
             reader.stop()
         self._batcher.close()
         until = time.monotonic() + self._config.budget_ms / 1e3 + _DRAIN_MARGIN_S
-        for reader in self._readers:
+        for reader in readers:
             reader.join(max(0.1, until - time.monotonic()))
+        if self._pool is not None:
+            self._pool.close()
         while len(self._parts) and time.monotonic() < until:
             time.sleep(_TICK_S)
         self._stop_dispatch.set()
@@ -147,8 +205,8 @@ class Line:
         )
         return last
 
-    def _make_readers(self, run: str) -> list[CameraReader]:
-        handover = Handover(
+    def _make_handover(self, run: str) -> Handover:
+        return Handover(
             accept=self._accept,
             wait_for_room=self._batcher.wait_for_room,
             announce=self._announce,
@@ -157,15 +215,25 @@ class Line:
             run=run,
             budget_s=self._config.budget_ms / 1e3,
         )
-        readers = []
-        for camera in self._config.cameras:
-            self.metrics.camera(camera.id, product=camera.product, station=camera.station)
-            self._batcher.add_camera(
-                camera.id, product=camera.product, capacity=camera.queue_frames, overflow=camera.overflow
-            )
-            size = self._manifests[camera.product].input
-            readers.append(CameraReader(camera, (size.height, size.width), handover))
-        return readers
+
+    def _make_reader(self, camera: Camera) -> CameraReader:
+        self.metrics.camera(camera.id, product=camera.product, station=camera.station)
+        self._batcher.add_camera(
+            camera.id, product=camera.product, capacity=camera.queue_frames, overflow=camera.overflow
+        )
+        size = self._manifests[camera.product].input
+
+        def accept(frame: Frame) -> None:
+            if self._readers.get(camera.id) is reader:  # a read that outlasted the camera's removal is not taken
+                self._accept(frame)
+
+        def announce(camera_id: str, state: CameraState, reason: str) -> None:
+            if self._readers.get(camera.id) is reader:
+                self._announce(camera_id, state, reason)
+
+        handover = replace(self._handover, accept=accept, announce=announce)
+        reader = CameraReader(camera, (size.height, size.width), handover, number=self._numbers.get(camera.id, 0))
+        return reader
 
     def _start_evidence(self) -> None:
         try:
@@ -190,6 +258,7 @@ class Line:
 
     def _accept(self, frame: Frame) -> None:
         """Take a frame from its reader: from here on its part will get a verdict."""
+        frame = replace(frame, epoch=self.epoch)
         with self._parts_lock:
             if self._over:  # a read that outlasted the drain: nobody would judge it, so it is not taken
                 return
@@ -340,5 +409,15 @@ class Line:
 
 
 def read_manifests(config: LineConfig) -> dict[str, Manifest]:
-    """Read the manifest of every product that the line's cameras look at. Raises ConfigError."""
-    return {product: read_manifest(config.triton.models_repo, product) for product in config.products}
+    """Read the manifest of every product that the line's cameras look at; with a pool, of all others that are there.
+
+    Raises ConfigError for the former; those of the others that cannot be read are left out.
+    """
+    repository = config.triton.models_repo
+    manifests = {product: read_manifest(repository, product) for product in config.products}
+    for product in products_in(repository) if config.pool is not None else ():
+        try:
+            manifests.setdefault(product, read_manifest(repository, product))
+        except ConfigError as error:
+            log.error("product left out", product=product, error=str(error), hint=error.hint)
+    return manifests

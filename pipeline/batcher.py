@@ -16,13 +16,14 @@ from pipeline.metrics import Metrics
 from pipeline.types import Batch, Frame
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # two queues of a camera that came again are two
 class _Queue:
     camera_id: str
     product: str
     capacity: int
     overflow: Literal["wait", "drop_oldest"]
     frames: deque[Frame] = field(default_factory=deque)
+    leaving: bool = False
 
 
 class Batcher:
@@ -42,21 +43,40 @@ class Batcher:
     ) -> None:
         """Make the queue of a camera; before its reader starts."""
         queue = _Queue(camera_id, product, capacity, overflow)
-        self._queues[camera_id] = queue
-        self._products.setdefault(product, deque()).append(queue)
+        with self._changed:
+            self._queues[camera_id] = queue
+            self._products.setdefault(product, deque()).append(queue)
+
+    def remove_camera(self, camera_id: str) -> None:
+        """Take no more frames of a camera, after its reader has stopped; what is queued still goes out."""
+        with self._changed:
+            queue = self._queues.pop(camera_id)
+            queue.leaving = True
+            if not queue.frames:
+                self._products[queue.product].remove(queue)
+            self._changed.notify_all()
 
     def wait_for_room(self, camera_id: str, timeout_s: float) -> bool:
         """Wait until a frame of this camera may be put: at once for `drop_oldest`, when there is room for `wait`."""
-        queue = self._queues[camera_id]
-        if queue.overflow == "drop_oldest":
-            return True
         with self._changed:
-            return self._changed.wait_for(lambda: len(queue.frames) < queue.capacity or self._closed, timeout_s)
+            queue = self._queues.get(camera_id)
+            if queue is None:  # a reader that has not noticed yet that its camera is removed
+                return False
+            if queue.overflow == "drop_oldest":
+                return True
+            return self._changed.wait_for(
+                lambda: len(queue.frames) < queue.capacity or queue.leaving or self._closed, timeout_s
+            )
 
     def put(self, frame: Frame) -> Frame | None:
-        """Queue a frame. Returns the frame that had to give way: the oldest one of a full queue, or None."""
-        queue = self._queues[frame.camera_id]
+        """Queue a frame. Returns the frame that had to give way: the oldest one of a full queue, or None.
+
+        A frame of a camera that was removed at this moment gives way itself.
+        """
         with self._changed:
+            queue = self._queues.get(frame.camera_id)
+            if queue is None:
+                return frame
             evicted = queue.frames.popleft() if len(queue.frames) >= queue.capacity else None
             queue.frames.append(frame)
             self._metrics.queued(queue.camera_id, len(queue.frames))
@@ -105,6 +125,7 @@ class Batcher:
         """Take up to `max_size` frames, one a camera in turn; the next batch starts with the camera after the last."""
         queues = self._products[product]
         frames: list[Frame] = []
+        left: list[_Queue] = []
         idle = 0
         while len(frames) < self._max_size and idle < len(queues):
             queue = queues[0]
@@ -113,7 +134,11 @@ class Batcher:
                 frames.append(queue.frames.popleft())
                 self._metrics.queued(queue.camera_id, len(queue.frames))
                 idle = 0
+                if queue.leaving and not queue.frames:
+                    left.append(queue)
             else:
                 idle += 1
+        for queue in left:
+            queues.remove(queue)
         self._changed.notify_all()
         return Batch(product, tuple(frames))

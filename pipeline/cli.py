@@ -32,7 +32,9 @@ from pipeline.events import schemas
 from pipeline.inference import InferenceClient
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.metrics import LineSnapshot
-from pipeline.screen import draw, verdict_line
+from pipeline.pool import PoolTopic
+from pipeline.roster import difference, read_list
+from pipeline.screen import draw, frame_rates, verdict_line
 from pipeline.tail import VerdictReader
 from pipeline.thresholds import ThresholdStore
 from pipeline.types import CameraState
@@ -124,16 +126,20 @@ def check(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     done = [f"line file {config}", *(f"manifest {product}" for product in manifests)]
     client = InferenceClient(settings.triton, manifests)
     try:
-        client.start()
+        unfit = client.start(optional=manifests.keys() - set(settings.products))
     finally:
         client.close()
-    done.append(f"Triton at {settings.triton.address}, signatures of {', '.join(manifests)}")
+    fit = [product for product in manifests if product not in unfit]
+    done.append(f"Triton at {settings.triton.address}, signatures of {', '.join(fit)}")
     store = ThresholdStore(settings.redis)
     for product in manifests:
         store.get(product)
     done.append(f"Redis at {settings.redis.url}")
     with VerdictReader(settings.kafka, start="now"):
         done.append(f"Kafka at {', '.join(settings.kafka.bootstrap)}")
+    if settings.pool is not None:
+        table, partitions = PoolTopic(settings.kafka).read()
+        done.append(f"camera pools: {len(table)} cameras in {partitions} partitions")
     _answer({"ok": True, "checked": done}, as_json, "\n".join(f"good  {what}" for what in done))
 
 
@@ -157,6 +163,31 @@ def cameras_list(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None
     """List the cameras of the line file."""
     rows = [camera.model_dump(mode="json") for camera in configuration.load(config).cameras]
     _answer(rows, as_json, _table(rows, ["id", "type", "product", "station", "queue_frames", "overflow"]))
+
+
+@cameras_app.command("apply")
+def cameras_apply(
+    file: Annotated[Path, typer.Argument(help="A YAML list of cameras as in the line file, each with its `pool`.")],
+    prune: Annotated[bool, typer.Option("--prune", help="Remove every camera that the file does not list.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
+    config: Config = DEFAULT_CONFIG,
+    as_json: Json = False,
+) -> None:
+    """Make the camera pools in Kafka what the file says; running workers follow within seconds."""
+    settings = configuration.load(config)
+    wanted = read_list(configuration.read_yaml(file), str(file))
+    topic = PoolTopic(settings.kafka)
+    present, partitions = topic.read()
+    changes = difference(wanted, present, partitions, prune=prune)
+    if not dry_run:
+        topic.write(changes)
+    columns = ["change", "camera", "pool", "product", "station"]
+    rows = [
+        dict(zip(columns, (row.kind, row.camera_id, row.pool, row.product, row.station), strict=True))
+        for row in changes
+    ]
+    text = _table(rows, columns) if rows else "nothing differs"
+    _answer({"dry_run": dry_run, "changes": rows}, as_json, text)
 
 
 @cameras_app.command("simulate", context_settings=_PASS_ON)
@@ -304,10 +335,7 @@ def _watch(
                 return
             if now - before_at >= 1.0:
                 current = line.snapshot()
-                rates = {
-                    new.camera_id: (new.frames - old.frames) / (now - before_at)
-                    for new, old in zip(current.cameras, before.cameras, strict=True)
-                }
+                rates = frame_rates(before, current, now - before_at)
                 before, before_at = current, now
                 if live is not None:
                     live.update(draw(current, rates, elapsed_s=now - started), refresh=True)

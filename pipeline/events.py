@@ -38,7 +38,13 @@ class Event:
 
 
 class _Data(BaseModel):
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        populate_by_name=True,
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+    )
 
 
 class ScoresData(_Data):
@@ -114,6 +120,10 @@ class VerdictData(_Data):
     timing: TimingData
     sequence: int
     worker: str
+    epoch: int | None = None
+    """Fencing epoch: the generation of the camera pool's group at capture; null for a worker without a pool. Of two
+    workers that read one camera at the same time, the higher was in charge. Compare only verdicts of about the same
+    time: Kafka counts anew when a pool has had no worker for long."""
 
 
 class StatusData(_Data):
@@ -189,6 +199,7 @@ class Encoder:
             timing=_timing(part, place.budget_ms),
             sequence=part.sequence,
             worker=place.worker,
+            epoch=frame.epoch,
         )
 
     def _event(

@@ -8,7 +8,7 @@ blocks the caller beyond handing the request to gRPC.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -53,15 +53,23 @@ class InferenceClient:
         self._outputs = [InferRequestedOutput(name) for name in OUTPUTS]
         self._client: InferenceServerClient | None = None
 
-    def start(self) -> None:
-        """Connect and compare each product's signature.
+    def start(self, *, optional: Collection[str] = ()) -> list[str]:
+        """Connect and compare each product's signature; gives the `optional` products that cannot be judged.
 
         Raises DependencyError when the server does not answer or lacks a model, ModelMismatchError for another one.
         """
         self._client = InferenceServerClient(self._settings.address, keepalive_options=_KEEPALIVE)
         self._await_ready()
-        for manifest in self._manifests.values():
-            self._check(manifest)
+        unfit = []
+        for product, manifest in self._manifests.items():
+            try:
+                self._check(manifest)
+            except (DependencyError, ModelMismatchError) as error:
+                if product not in optional:
+                    raise
+                log.error("product left out", product=product, error=str(error), hint=error.hint)
+                unfit.append(product)
+        return unfit
 
     def close(self) -> None:
         """Close the connection; answers under way come back as `triton_unavailable`."""

@@ -110,8 +110,12 @@ def read_manifest(models_repo: Path, product: str) -> Manifest:
     return manifest
 
 
+def products_in(models_repo: Path) -> list[str]:
+    """Name the products that a repository has, by their manifests."""
+    return sorted(path.parent.name for path in models_repo.glob("*/manifest.json"))
+
+
 def _absent(models_repo: Path, product: str) -> str:
     if not models_repo.is_dir():
         return f"model repository {models_repo} does not exist"
-    known = sorted(path.parent.name for path in models_repo.glob("*/manifest.json"))
-    return f"product {product!r} is not in {models_repo}; it has: {', '.join(known) or 'none'}"
+    return f"product {product!r} is not in {models_repo}; it has: {', '.join(products_in(models_repo)) or 'none'}"

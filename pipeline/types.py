@@ -68,7 +68,8 @@ class Frame:
     """One view of one part on its way through the line.
 
     `image` is at model size; it is None exactly when `cause` says why the picture cannot be judged.
-    `number` counts the frames of this camera since the worker started, from 1.
+    `number` counts the frames of this camera since the worker started, from 1. `epoch` is the generation of the
+    camera pool's group at capture, None for a worker without a pool.
     """
 
     camera_id: str
@@ -82,6 +83,7 @@ class Frame:
     deadline_s: float
     image: Image | None
     cause: Cause | None = None
+    epoch: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
