@@ -145,10 +145,11 @@ class Line:
         reader = self._readers[camera.id] = self._make_reader(camera)
         reader.start()
 
-    def remove_cameras(self, camera_ids: Collection[str], reason: str) -> None:
+    def remove_cameras(self, camera_ids: Collection[str], reason: str | None) -> None:
         """Take no more frames of these cameras, and give their readers `_REMOVE_S` to let go of them.
 
-        The parts under way still get their verdicts. `reason` is a short code for the cameras' last status events.
+        The parts under way still get their verdicts. `reason` is a short code for the cameras' last status events; with
+        None there are none.
         """
         removed = {name: self._readers.pop(name) for name in camera_ids}  # from here on nothing of theirs is taken
         for reader in removed.values():
@@ -159,7 +160,8 @@ class Line:
             self._numbers[name] = reader.number
             self._batcher.remove_camera(name)
             self.metrics.retire(name)
-            self._announce(name, CameraState.ENDED, reason)
+            if reason is not None:
+                self._announce(name, CameraState.ENDED, reason)
 
     def refuse_camera(self, camera_id: str, reason: str) -> None:
         """Tell the world that a camera of the pool is not read here."""
@@ -270,7 +272,7 @@ class Line:
             self._to_judge(Inference(evicted, cause=Cause.QUEUE_FULL))
 
     def _announce(self, camera_id: str, state: CameraState, reason: str) -> None:
-        self._sink.put(self._encoder.status(camera_id, state, reason, datetime.now(UTC)))
+        self._sink.put(self._encoder.status(camera_id, state, reason, datetime.now(UTC), epoch=self.epoch))
 
     # Dispatcher thread
 

@@ -134,6 +134,8 @@ class StatusData(_Data):
     state: Literal["connecting", "streaming", "lost", "ended", "failed"]
     reason: str
     worker: str
+    epoch: int | None = None
+    """As in a verdict; of a camera's last states that of the highest epoch holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +170,11 @@ class Encoder:
         view = self._event("view", f"{inspection}/{frame.camera_id}", frame.part_id, decided_at, key, value)
         return view, self._event("verdict", inspection, frame.part_id, decided_at, key, value, is_part=True)
 
-    def status(self, camera_id: str, state: CameraState, reason: str, at: datetime) -> Event:
+    def status(
+        self, camera_id: str, state: CameraState, reason: str, at: datetime, *, epoch: int | None = None
+    ) -> Event:
         """Encode a camera's change of state; keyed by camera, so that the last state can be kept."""
-        data = StatusData(camera_id=camera_id, state=state.value, reason=reason, worker=self._place.worker)
+        data = StatusData(camera_id=camera_id, state=state.value, reason=reason, worker=self._place.worker, epoch=epoch)
         name = f"{self._place.worker}/{camera_id}/{at.isoformat()}"
         value = data.model_dump_json(by_alias=True).encode()
         return self._event("status", name, camera_id, at, camera_id.encode(), value)

@@ -37,7 +37,8 @@ from pipeline.roster import Change, Place, Refusal, merged, plan, read_record
 SESSION_S = 8.0
 """Silence after which Kafka takes a worker for dead. With the next heartbeat, the joining and the reading of records
 its cameras are read again within 15 s."""
-_HEARTBEAT_S = 2.0
+# How a worker hears of changes of the group: a camera that moves is unread for about this long.
+_HEARTBEAT_S = 1.0
 # How long the others wait for a worker that lives and does not come to a change of the group; its loop comes round in a
 # quarter of a second.
 _REJOIN_S = 10.0
@@ -62,8 +63,8 @@ class PoolLine(Protocol):
     def add_camera(self, camera: Camera) -> None:
         """Begin to read a camera."""
 
-    def remove_cameras(self, camera_ids: Collection[str], reason: str) -> None:
-        """Stop reading cameras; returns when no frame of theirs will be taken any more."""
+    def remove_cameras(self, camera_ids: Collection[str], reason: str | None) -> None:
+        """Stop reading cameras; returns when no frame of theirs will be taken any more. None tells nobody."""
 
     def refuse_camera(self, camera_id: str, reason: str) -> None:
         """Tell the world that a camera is not read."""
@@ -218,8 +219,8 @@ class CameraPool:
             log.info("camera added", camera=camera.id, product=camera.product, epoch=self._line.epoch)
         self._refuse(invalid | todo.refuse)
 
-    def _remove(self, names: Collection[str], reason: str) -> None:
-        self._line.remove_cameras(names, reason)
+    def _remove(self, names: Collection[str], reason: str, *, tell: bool = True) -> None:
+        self._line.remove_cameras(names, reason if tell else None)
         for name in names:
             del self._running[name]
             log.info("camera removed", camera=name, reason=reason)
@@ -250,7 +251,8 @@ class CameraPool:
             self._assignor.member_assignment = None
             log.warning("camera pool: this worker's place in the group is lost; it joins anew")
         if names := [name for name, (partition, _) in self._running.items() if partition in partitions]:
-            self._remove(names, "moved")
+            # Those that are lost have been another worker's for a while: what is said of them is its to say.
+            self._remove(names, "lost" if lost else "moved", tell=not lost)
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]  # the library has no types

@@ -7,8 +7,8 @@ them: the parts of a station are put together and numbered in one place. Pure: n
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -200,6 +200,7 @@ def _homes(
     wanted: Sequence[PoolCamera], known: Mapping[Place, PoolCamera | None], partitions: int
 ) -> dict[tuple[str, str], int]:
     """Give each station its partition: where most of it lies, or else where its pool has the fewest cameras."""
+    order = _spread(partitions)
     homes: dict[tuple[str, str], int] = {}
     filled: Counter[tuple[str, int]] = Counter()
     lying: dict[tuple[str, str], Counter[int]] = {}
@@ -212,17 +213,19 @@ def _homes(
         if here:
             homes[station] = min(here, key=lambda partition: (-here[partition], partition))
             continue
-        pool = station[0]
-        # The order among equals is a station's own: partitions go to workers in runs, and few cameras should spread.
-        homes[station] = min(
-            range(partitions), key=lambda partition: (filled[pool, partition], _scatter(*station, partition))
-        )
-        filled[pool, homes[station]] += cameras
+        homes[station] = min(order, key=lambda partition: filled[station[0], partition])
+        filled[station[0], homes[station]] += cameras
     return homes
 
 
-def _scatter(pool: str, station: str, partition: int) -> bytes:
-    return hashlib.blake2b(f"{pool}/{station}/{partition}".encode(), digest_size=8).digest()
+def _spread(partitions: int) -> list[int]:
+    """Order partitions so that the first few are shared evenly by workers that get them in turns, and in runs too.
+
+    Kafka deals them out in turns to workers that come together, and gives a run of them to one that comes later. Steps
+    of the golden section serve both.
+    """
+    step = next(step for step in range(round(partitions * 0.618), -1, -1) if math.gcd(step, partitions) == 1)
+    return [number * step % partitions for number in range(partitions)]
 
 
 def _present(value: bytes) -> PoolCamera | None:

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 import cv2
@@ -20,6 +21,7 @@ from kafka import KafkaProducer
 from line_process import LineProcess, received, wait_until
 
 from pipeline.config import Kafka
+from pipeline.pool import SESSION_S
 from pipeline.tail import VerdictReader
 
 pytestmark = pytest.mark.stack
@@ -138,23 +140,27 @@ def _shares(pool):
     return sorted(workers.count(worker) for worker in set(workers))
 
 
+def _are_shared(pool, cameras):
+    shares = _shares(pool)
+    return len(shares) == 2 and sum(shares) == cameras
+
+
 def _judged_by(pool, worker):
     return {camera_of(data) for data in pool.verdicts() if data["worker"] == worker}
 
 
 def test_a_worker_that_was_away_gives_way_and_takes_part_again(pool):
     """A worker hangs for longer than the group waits: the other reads all; it comes back, and each is read once."""
-    pool.apply([pool.camera(number) for number in range(6)])
+    pool.apply([pool.camera(number) for number in range(16)])
     with pool.worker("a") as first, pool.worker("b"):
-        wait_until(lambda: _shares(pool) == [3, 3], 60, "both workers share them")
+        wait_until(lambda: _are_shared(pool, 16), 60, "both workers share them")
         os.kill(first.pid, signal.SIGSTOP)
         try:
-            wait_until(lambda: _shares(pool) == [6], 40, "the other worker reads all")
+            wait_until(lambda: _shares(pool) == [16], 40, "the other worker reads all")
         finally:
             os.kill(first.pid, signal.SIGCONT)
-        wait_until(lambda: _shares(pool) == [3, 3], 40, "both workers share them again")
-        time.sleep(1)
-        assert len(pool.readers()) == 6
+        wait_until(lambda: _are_shared(pool, 16), 40, "both workers share them again")
+        assert "place in the group is lost" in first.log()
 
 
 def test_what_a_worker_cannot_read_is_refused_by_name(pool, tmp_path):
@@ -207,3 +213,19 @@ def test_a_camera_that_is_set_anew_goes_on_under_new_names(pool, products):
     numbers = [data["views"][0]["frameId"] for data in verdicts]
     assert numbers == list(range(1, len(numbers) + 1))
     assert [data["sequence"] for data in verdicts] == numbers
+
+
+def test_a_worker_goes_on_reading_while_kafka_is_away(pool, stack):
+    """Kafka stands still for longer than the group waits: no picture is missed, and each gets its verdict once."""
+    pool.apply([pool.camera(1, rate=2.0)])
+    with pool.worker("a") as line:
+        wait_until(lambda: len(pool.verdicts()) > 3, 60, "verdicts")
+        os.kill(stack.pid("kafka"), signal.SIGSTOP)
+        time.sleep(SESSION_S + 2)
+        os.kill(stack.pid("kafka"), signal.SIGCONT)
+        wait_until(lambda: len(pool.verdicts()) > 20, 30, "verdicts of the time without Kafka")
+        summary = line.stop()
+    verdicts = pool.verdicts()
+    assert len(verdicts) == summary["triggered"] == summary["acknowledged"]
+    captured = [datetime.fromisoformat(data["views"][0]["capturedAt"]).timestamp() for data in verdicts]
+    assert max(later - earlier for earlier, later in pairwise(captured)) < SESSION_S / 2

@@ -216,3 +216,29 @@ def test_turns_are_fair(make_frame, backlog, size):
             hungry = [camera for camera, frames in zip(cameras, backlog, strict=True) if served[camera] < frames]
             assert all(served[frame.camera_id] - served[camera] <= 1 for camera in hungry)
     assert sum(served.values()) == sum(backlog)
+
+
+def test_a_removed_camera_leaves_nothing_behind(make_batcher, make_frame):
+    """What it had queued still goes out, once; it takes no more, and comes again as a new one."""
+    batcher = make_batcher("a/1", "a/2")
+    for number in (1, 2):
+        batcher.put(frame_of(make_frame, "a/1", number, age_s=OLD_S))
+    batcher.remove_camera("a/1")
+    late = frame_of(make_frame, "a/1", 3)
+    assert batcher.put(late) is late
+    batcher.add_camera("a/1", product="a", capacity=4, overflow="drop_oldest")
+    batcher.put(frame_of(make_frame, "a/1", 4))
+    assert numbers(batcher.take(0.0)) == [("a/1", 1), ("a/1", 4), ("a/1", 2)]
+    assert batcher.take(0.0) is None
+
+
+def test_a_reader_that_waits_for_room_is_let_go_when_its_camera_is_removed(make_batcher, make_frame):
+    """A full `wait` queue does not hold the reader of a removed camera back."""
+    batcher = make_batcher("a/1", capacity=1, overflow="wait")
+    batcher.put(frame_of(make_frame, "a/1", 1))
+    assert not batcher.wait_for_room("a/1", 0.01)
+    threading.Timer(0.05, batcher.remove_camera, ["a/1"]).start()
+    before = time.monotonic()
+    batcher.wait_for_room("a/1", 30.0)
+    assert time.monotonic() - before < 15
+    assert not batcher.wait_for_room("a/1", 0.0)

@@ -170,3 +170,29 @@ def test_a_foreign_record_does_not_end_the_tail(logicrd, line_file, monkeypatch,
     assert (code, err) == (0, "")
     assert len(out.splitlines()) == 2
     assert all(line.strip() and "l1/s1" in line for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("{}", "the cameras are a list"), ("[{id: c1}]", "[0]: type"), ("[", "YAML")]
+)
+def test_a_wrong_list_of_cameras_is_exit_3(logicrd, line_file, tmp_path, text, told):
+    """`cameras apply` reads all of its file before it looks for Kafka."""
+    cameras = tmp_path / "cameras.yaml"
+    cameras.write_text(text)
+    code, out, err = logicrd("cameras", "apply", cameras, "-c", line_file())
+    assert (code, out) == (3, "")
+    assert told in err
+    code, _, err = logicrd("cameras", "apply", tmp_path / "none.yaml", "-c", line_file())
+    assert (code, "none.yaml" in err) == (3, True)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.usefixtures("failed_start")
+def test_cameras_apply_without_kafka_is_exit_4(logicrd, line_file, tmp_path):
+    """A broker that is not there is named, with what to do."""
+    cameras = tmp_path / "cameras.yaml"
+    cameras.write_text("[]")
+    code, out, err = logicrd("cameras", "apply", cameras, "-c", line_file())
+    assert (code, out) == (4, "")
+    assert "Kafka at 127.0.0.1:9" in err
+    assert "hint:" in err

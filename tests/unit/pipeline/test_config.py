@@ -122,6 +122,14 @@ def test_paths_are_relative_to_the_file(line_file, tmp_path):
     assert settings.redis.snapshot == Path("/var/limits.json")
 
 
+def test_a_worker_of_a_pool_needs_no_cameras_of_its_own(line_file, tmp_path):
+    """With `pool` the list may be missing; without it there is nothing to read."""
+    assert config.load(line_file(cameras=[], pool={"root": "pool"})).pool.root == tmp_path / "pool"
+    assert config.load(line_file(cameras=[], pool={})).pool.root == tmp_path
+    with pytest.raises(ConfigError, match="list at least one, or let this worker read a `pool`"):
+        config.load(line_file(cameras=[]))
+
+
 def test_a_shown_line_file_reads_back_equal(line_file, tmp_path):
     """What `config show` prints is a line file that means the same."""
     settings = config.load(line_file(cameras=[CAMERA | {"picture_size": [640, 480]}, RTSP | {"id": "c2"}]))
