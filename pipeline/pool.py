@@ -111,6 +111,8 @@ class CameraPool:
             reconnect_backoff_max_ms=2_000,
             request_timeout_ms=10_000,
         )
+        if len(self._consumer.partitions_for_topic(self._topic)) == 1:
+            log.warning("the topic of the camera pool has one partition: one worker reads all", topic=self._topic)
 
     def start(self, static: Iterable[str]) -> None:
         """Join the group and begin to share; `static` are the ids of the line file's own cameras."""

@@ -164,20 +164,26 @@ def test_a_worker_that_was_away_gives_way_and_takes_part_again(pool):
 
 
 def test_what_a_worker_cannot_read_is_refused_by_name(pool, tmp_path):
-    """Beyond capacity, of an unknown product, no JSON, a password from elsewhere: each named, and the rest is read."""
-    secret = tmp_path / "password"
-    secret.write_text("s3cret")
+    """Beyond capacity, of an unknown product, no JSON, a password from elsewhere: each named, and the rest is read.
+
+    A relative password file is one of the worker's own folder.
+    """
+    for folder in (tmp_path, tmp_path / "a"):
+        (folder / "password").write_text("s3cret")
     cameras = [pool.camera(number) for number in range(4)]
-    away = {"id": f"{pool.name}.away", "type": "rtsp", "url": "rtsp://127.0.0.1:9/x", "product": pool.product}
+    rtsp = {"type": "rtsp", "url": "rtsp://127.0.0.1:9/x", "product": pool.product, "user": "u", "pool": pool.name}
+    near = {"id": f"{pool.name}.-near", "password_file": "password", "station": "near", **rtsp}
+    away = {"id": f"{pool.name}.away", "password_file": "../password", "station": "away", **rtsp}
     strange = pool.camera(8, product="no-such-part")
-    pool.apply([*cameras, strange, {**away, "user": "u", "password_file": str(secret), "pool": pool.name}])
+    pool.apply([*cameras, strange, near, away])
     producer = KafkaProducer(bootstrap_servers=pool.kafka)
     producer.send("inspection.cameras.v1", key=f"{pool.name}.bad".encode(), value=b"\xff{", partition=0)
     producer.close()
-    pool.files["a"].settings["pool"]["capacity"] = 3
+    pool.files["a"].settings["pool"]["capacity"] = 4
     with pool.worker("a") as line:
-        wait_until(lambda: len(pool.states()) == 7, 60, "a word on each")
+        wait_until(lambda: len(pool.states()) == 8, 60, "a word on each")
         states = {camera.removeprefix(f"{pool.name}."): state[:2] for camera, state in pool.states().items()}
+        assert states.pop("-near")[0] == "lost"
         assert states == {
             **{f"{number:02}": ("streaming", "") for number in range(3)},
             "03": ("failed", "capacity"),
@@ -185,7 +191,7 @@ def test_what_a_worker_cannot_read_is_refused_by_name(pool, tmp_path):
             "away": ("failed", "invalid"),
             "bad": ("failed", "invalid"),
         }
-        pool.apply(cameras[1:], "--prune")
+        pool.apply([near, *cameras[1:]], "--prune")
         wait_until(lambda: set(pool.readers()) == {camera["id"] for camera in cameras[1:]}, 30, "the place is taken")
         summary = line.stop()
         said = line.log()
