@@ -14,6 +14,7 @@ lost, it stops its cameras and joins anew. Nothing of the pool is ever committed
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -44,6 +45,8 @@ _HEARTBEAT_S = 1.0
 _REJOIN_S = 10.0
 _POLL_S = 0.25
 _TIMEOUT_S = 3.0
+# A worker's poll, and its wait for readers that let go.
+_LET_GO_S = 3.0
 _STAGE = "camera pool"
 _STACK_HINT = "start it (`logicrd stack up` makes the topics too), or correct kafka.bootstrap in the line file"
 
@@ -300,7 +303,11 @@ class PoolTopic:
         return table, len(partitions)
 
     def write(self, changes: Iterable[Change]) -> None:
-        """Write changes: first all tombstones, so that no camera is read twice. Raises DependencyError."""
+        """Write changes: first all tombstones, so that no camera is read twice. Raises DependencyError.
+
+        Blocks for `_LET_GO_S` between the two when a camera moves: its old worker gets the time to stop it.
+        """
+        changes = list(changes)
         writes = [write for change in changes for write in change.writes]
         try:
             producer = KafkaProducer(
@@ -320,6 +327,8 @@ class PoolTopic:
                     ]
                     for future in sent:
                         future.get(timeout=self._settings.drain_timeout_s)
+                    if removing and any(change.moves for change in changes):
+                        time.sleep(_LET_GO_S)
             finally:
                 producer.close(timeout=5)
         except KafkaError as error:

@@ -79,6 +79,11 @@ class Change:
     station: str
     writes: tuple[tuple[Place, bytes | None], ...]
 
+    @property
+    def moves(self) -> bool:
+        """Whether one worker has to let go of the camera before another reads it."""
+        return len({value is None for _, value in self.writes}) == 2
+
 
 def plan(
     wanted: Mapping[str, Camera],
@@ -181,7 +186,12 @@ def _change(
     places = [place for place in present if place[1] == camera.id]
     if places == [(home, camera.id)] and known[places[0]] == entry:
         return None
-    away: list[tuple[Place, bytes | None]] = [(place, None) for place in places if place[0] != home]
+    # What lies in another partition, or in another pool, is another worker's until the tombstone.
+    away: list[tuple[Place, bytes | None]] = [
+        (place, None)
+        for place in places
+        if place[0] != home or ((old := known[place]) is not None and old.pool != entry.pool)
+    ]
     writes = (*away, ((home, camera.id), entry.encode()))
     kind: Literal["added", "changed"] = "changed" if places else "added"
     return Change(kind, camera.id, entry.pool, camera.product, camera.station, writes)

@@ -179,6 +179,16 @@ def test_a_record_in_a_wrong_partition_is_moved():
     assert change.writes == (((9, "c1"), None), ((3, "c1"), entry.encode()))
 
 
+def test_a_camera_that_goes_to_another_pool_is_removed_first():
+    """The workers of two pools do not know of each other: a tombstone comes before the new record."""
+    present = written(difference(entries(block("c1", pool="p")), {}, PARTITIONS, prune=False))
+    (change,) = difference(entries(block("c1", pool="q")), present, PARTITIONS, prune=False)
+    assert [value is None for _, value in change.writes] == [True, False]
+    assert change.moves
+    (change,) = difference(entries(block("c1", pool="p", rate=2.0)), present, PARTITIONS, prune=False)
+    assert not change.moves
+
+
 @given(st.lists(st.tuples(st.sampled_from("stuvw"), st.sampled_from("pq")), max_size=20), st.integers(1, 8))
 def test_a_station_is_never_split(stations, partitions):
     """All cameras of a station of a pool lie in one partition, whatever was there before."""
