@@ -1,5 +1,6 @@
 """Gathers frames across cameras into batches of one product, by count or by age, fairly.
 
+A frame's product is its camera's, or what its part's trigger names: then it waits in a queue beside the camera's own.
 Readers put, the dispatcher takes; the queue of each camera is bounded and says what it does when full. Never talks to a
 server and never judges: a frame that has to give way is handed back to the caller, who makes its verdict.
 """
@@ -9,11 +10,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
+from pipeline.cameras import Overflow
 from pipeline.metrics import Metrics
-from pipeline.types import Batch, Frame
+from pipeline.types import Batch, Cause, Frame
 
 
 @dataclass(slots=True, eq=False)  # two queues of a camera that came again are two
@@ -21,9 +22,15 @@ class _Queue:
     camera_id: str
     product: str
     capacity: int
-    overflow: Literal["wait", "drop_oldest"]
+    overflow: Overflow
     frames: deque[Frame] = field(default_factory=deque)
     leaving: bool = False
+    others: dict[str, _Queue] = field(default_factory=dict)
+    """Queues of the same camera for other products."""
+
+    def waiting(self) -> int:
+        """Count the camera's frames, whatever their product."""
+        return len(self.frames) + sum(len(other.frames) for other in self.others.values())
 
 
 class Batcher:
@@ -37,10 +44,10 @@ class Batcher:
         self._queues: dict[str, _Queue] = {}
         self._products: dict[str, deque[_Queue]] = {}
         self._closed = False
+        self.service_s = 0.0
+        """What the server needs for a batch, in seconds; a frame with less time left than this is late."""
 
-    def add_camera(
-        self, camera_id: str, *, product: str, capacity: int, overflow: Literal["wait", "drop_oldest"]
-    ) -> None:
+    def add_camera(self, camera_id: str, *, product: str, capacity: int, overflow: Overflow) -> None:
         """Make the queue of a camera; before its reader starts."""
         queue = _Queue(camera_id, product, capacity, overflow)
         with self._changed:
@@ -51,35 +58,39 @@ class Batcher:
         """Take no more frames of a camera, after its reader has stopped; what is queued still goes out."""
         with self._changed:
             queue = self._queues.pop(camera_id)
-            queue.leaving = True
-            if not queue.frames:
-                self._products[queue.product].remove(queue)
+            for each in (queue, *queue.others.values()):
+                each.leaving = True
+                if not each.frames:
+                    self._products[each.product].remove(each)
             self._changed.notify_all()
 
     def wait_for_room(self, camera_id: str, timeout_s: float) -> bool:
-        """Wait until a frame of this camera may be put: at once for `drop_oldest`, when there is room for `wait`."""
+        """Wait until a frame of this camera may be put: at once for `drop_oldest`, when there is room for `wait`, when
+        there is room or the oldest frame is late for `drop_late`. False after `timeout_s`.
+        """
+        until = time.monotonic() + timeout_s
         with self._changed:
             queue = self._queues.get(camera_id)
             if queue is None:  # a reader that has not noticed yet that its camera is removed
                 return False
-            if queue.overflow == "drop_oldest":
-                return True
-            return self._changed.wait_for(
-                lambda: len(queue.frames) < queue.capacity or queue.leaving or self._closed, timeout_s
-            )
+            while (wait_s := self._room_in_s(queue)) > 0:
+                left_s = until - time.monotonic()
+                if left_s <= 0:
+                    return False
+                self._changed.wait(min(left_s, wait_s))
+            return not queue.leaving
 
     def put(self, frame: Frame) -> Frame | None:
-        """Queue a frame. Returns the frame that had to give way: the oldest one of a full queue, or None.
-
-        A frame of a camera that was removed at this moment gives way itself.
+        """Queue a frame. Returns the frame that had to give way, with its cause: the oldest one of a full queue, or
+        None. A frame whose camera has been removed gives way itself.
         """
         with self._changed:
-            queue = self._queues.get(frame.camera_id)
-            if queue is None:
-                return frame
-            evicted = queue.frames.popleft() if len(queue.frames) >= queue.capacity else None
+            if frame.camera_id not in self._queues:
+                return replace(frame, image=None, cause=Cause.CAMERA_LOST)
+            queue = self._queue_of(frame)
+            evicted = self._evict(queue) if len(queue.frames) >= queue.capacity else None
             queue.frames.append(frame)
-            self._metrics.queued(queue.camera_id, len(queue.frames))
+            self._note(queue.camera_id)
             self._changed.notify_all()
         return evicted
 
@@ -104,6 +115,39 @@ class Batcher:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def _queue_of(self, frame: Frame) -> _Queue:
+        own = self._queues[frame.camera_id]
+        if frame.product == own.product:
+            return own
+        other = own.others.get(frame.product)
+        if other is None:
+            other = _Queue(own.camera_id, frame.product, own.capacity, own.overflow)
+            own.others[frame.product] = other
+            self._products.setdefault(frame.product, deque()).append(other)
+        return other
+
+    def _note(self, camera_id: str) -> None:
+        if (queue := self._queues.get(camera_id)) is not None:  # what a removed camera left is nobody's queue
+            self._metrics.queued(camera_id, queue.waiting())
+
+    def _room_in_s(self, queue: _Queue) -> float:
+        """Say how long a full camera holds its reader back, if nothing is taken from it; 0 when there is room."""
+        if self._closed or queue.leaving or queue.waiting() < queue.capacity or queue.overflow == "drop_oldest":
+            return 0.0
+        if queue.overflow == "wait":
+            return float("inf")
+        return min(self._late_in_s(each.frames[0]) for each in (queue, *queue.others.values()) if each.frames)
+
+    def _late_in_s(self, frame: Frame) -> float:
+        return max(0.0, frame.deadline_s - self.service_s - time.monotonic())
+
+    def _evict(self, queue: _Queue) -> Frame:
+        frame = queue.frames.popleft()
+        is_late = queue.overflow == "drop_late" and self._late_in_s(frame) <= 0
+        cause = Cause.DEADLINE if is_late else Cause.QUEUE_FULL
+        self._metrics.dropped(queue.camera_id, cause)
+        return replace(frame, image=None, cause=cause)
 
     def _due(self, now: float) -> tuple[str | None, float]:
         """Pick the product to send now, or say how long until the next one is old enough."""
@@ -132,7 +176,7 @@ class Batcher:
             queues.rotate(-1)
             if queue.frames:
                 frames.append(queue.frames.popleft())
-                self._metrics.queued(queue.camera_id, len(queue.frames))
+                self._note(queue.camera_id)
                 idle = 0
                 if queue.leaving and not queue.frames:
                     left.append(queue)

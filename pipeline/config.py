@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -25,19 +25,20 @@ from pydantic_settings import (
 )
 
 from pipeline.cameras import (
+    AnyCamera,
     Block,
     Camera,
-    FolderCamera,
     Name,
     Positive,
-    RtspCamera,
-    VideoCamera,
     read_secret,
     without_credentials,
 )
 from pipeline.errors import ConfigError
+from pipeline.region import RegionOfInterest, with_mask_read
+from pipeline.stations import Station, StationView, check_views
 
 ENV_PREFIX = "LOGICRD_"
+_ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 MODELINE = "# yaml-language-server: $schema="
 _B = TypeVar("_B", bound=Block)
 
@@ -45,14 +46,33 @@ _B = TypeVar("_B", bound=Block)
 class Triton(Block):
     """The inference server."""
 
-    address: str = "127.0.0.1:18001"
-    """gRPC address, `host:port`."""
+    address: str | list[str] = "127.0.0.1:18001"
+    """gRPC address, `host:port`, or a list of them. Every address that a name stands for is a replica: name a headless
+    service of Kubernetes, not one with an address of its own."""
+    resolve_interval_s: Positive = 10.0
+    """How often names are looked up again: a new replica gets its share, and one that is gone is left, this much later
+    at most, and a probe of it."""
     models_repo: Path = Path("models_repo")
     """The model repository that the server serves; the line reads the manifests in it."""
     max_in_flight: Annotated[int, Field(ge=1, le=64)] = 3
-    """Batches under way at once; more fills the server's gaps, fewer makes larger batches."""
+    """Batches under way at once, over all replicas; more fills the servers' gaps, fewer makes larger batches."""
     startup_timeout_s: Positive = 10.0
-    """How long the start waits for the server to be ready."""
+    """How long the start waits for a replica to be ready."""
+
+    @field_validator("address")
+    @classmethod
+    def _are_addresses(cls, address: str | list[str]) -> str | list[str]:
+        if not address:
+            raise ValueError("name at least one address, `host:port`")
+        for each in [address] if isinstance(address, str) else address:
+            if not _ADDRESS.fullmatch(each) or not 0 < int(each.rpartition(":")[2]) <= 65535:
+                raise ValueError(f"{each!r} is not `host:port`")
+        return address
+
+    @property
+    def addresses(self) -> list[str]:
+        """The addresses, each once, as they are written."""
+        return list(dict.fromkeys([self.address] if isinstance(self.address, str) else self.address))
 
 
 class Kafka(Block):
@@ -61,7 +81,7 @@ class Kafka(Block):
     bootstrap: Annotated[list[str], Field(min_length=1)] = Field(default=["127.0.0.1:19092"])
     """Brokers, `host:port` each."""
     topic_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")] = "inspection"
-    """Topics are `<prefix>.verdict.v1`, `<prefix>.view.v1`, `<prefix>.status.v1`."""
+    """Topics are `<prefix>.verdict.v1`, `.view.v1`, `.status.v1`, `.audit.v1`, `.dlq.v1`; in: `<prefix>.trigger.v1`."""
     content_mode: Literal["binary", "structured"] = "binary"
     """CloudEvents content mode: attributes as `ce_` headers, or all in one JSON value."""
     max_unacknowledged: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
@@ -172,6 +192,8 @@ class LineConfig(BaseSettings):
     """The cameras that this worker reads, whatever the pool holds; at least one where there is no pool."""
     pool: Pool | None = None
     """Share of a pool of cameras; unset: this worker reads `cameras` and no others."""
+    stations: list[Station] = Field(default=[])
+    """Stations where a part is more than a frame: several views, or triggers. Unset: each frame is a part."""
     triton: Triton = Triton()
     """Inference server."""
     kafka: Kafka = Kafka()
@@ -196,6 +218,15 @@ class LineConfig(BaseSettings):
             seen.add(camera.id)
         return self
 
+    @model_validator(mode="after")
+    def _stations_fit_cameras(self) -> LineConfig:
+        if len({station.name for station in self.stations}) < len(self.stations):
+            raise ValueError("stations: two stations have the same name")
+        for station in self.stations:
+            here = {camera.id for camera in self.cameras if camera.station == station.name}
+            check_views(station, here, pooled=self.pool is not None)
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -211,8 +242,21 @@ class LineConfig(BaseSettings):
 
     @property
     def products(self) -> list[str]:
-        """Products of the line's cameras, each once, in the order of the file."""
-        return list(dict.fromkeys(camera.product for camera in self.cameras))
+        """Products that the line may have to judge, each once, in the order of the file."""
+        fixed = [view.product for station in self.stations for view in station.views if view.product is not None]
+        recipes = [product for station in self.stations for product in station.recipes]
+        return list(dict.fromkeys([*(camera.product for camera in self.cameras), *fixed, *recipes]))
+
+    @property
+    def station_plans(self) -> dict[str, Station]:
+        """The stations of the file by name; those that need views and list none have all of their cameras."""
+        return {station.name: self._with_views(station) for station in self.stations}
+
+    def _with_views(self, station: Station) -> Station:
+        if station.views or station.trigger == "free_run":
+            return station
+        views = [StationView(camera=camera.id) for camera in self.cameras if camera.station == station.name]
+        return station.model_copy(update={"views": views})
 
 
 def load(path: Path) -> LineConfig:
@@ -236,7 +280,7 @@ def load(path: Path) -> LineConfig:
         ) from None
     except TypeError:
         raise ConfigError(f"{path}: keys must be words", hint="`logicrd config schema` lists every key") from None
-    config = _rooted(config, path.resolve().parent)
+    config = _with_masks_read(_rooted(config, path.resolve().parent), path)
     for secret in _secrets(config):
         read_secret(secret)
     return config
@@ -279,8 +323,24 @@ def rooted(block: _B, root: Path) -> _B:
     return block.model_copy(update={name: root / value for name, value in values if isinstance(value, Path)})
 
 
+def _with_masks_read(config: LineConfig, path: Path) -> LineConfig:
+    """Put the files of the regions' masks into the settings. Raises ConfigError."""
+    return config.model_copy(update={"cameras": [with_mask(camera, path) for camera in config.cameras]})
+
+
+def with_mask(camera: Camera, path: Path) -> Camera:
+    """Put the file of a region's mask into the settings; relative to the file `path`, as listed. Raises ConfigError."""
+    if camera.region is None:
+        return camera
+    try:
+        region = with_mask_read(camera.region, path.resolve().parent)
+    except ValueError as error:
+        raise ConfigError(f"{path}: camera {camera.id!r}: region: {error}", hint="check `region.mask`") from None
+    return camera.model_copy(update={"region": region})
+
+
 def _secrets(config: LineConfig) -> Iterator[Path]:
-    cameras = (camera.password_file for camera in config.cameras if isinstance(camera, RtspCamera))
+    cameras = (getattr(camera, "password_file", None) for camera in config.cameras)
     yield from (path for path in (*cameras, config.redis.password_file) if path is not None)
 
 
@@ -305,8 +365,12 @@ def _known_keys(place: list[int | str]) -> list[str]:
     """List the keys that may stand at a place of the file."""
     if not place:
         return list(LineConfig.model_fields)
+    if "region" in place:
+        return list(RegionOfInterest.model_fields)
     if place[0] == "cameras":
-        return sorted({key for kind in (RtspCamera, VideoCamera, FolderCamera) for key in kind.model_fields})
+        return sorted({key for kind in get_args(AnyCamera) for key in kind.model_fields})
+    if place[0] == "stations":
+        return list((StationView if "views" in place else Station).model_fields)
     block = LineConfig.model_fields.get(str(place[0]))
     annotation = block.annotation if block is not None else None
     return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []

@@ -59,9 +59,20 @@ class SourceError(LineError):
 
 
 class FrameError(SourceError):
-    """One picture is unusable (cut, corrupt, too large, of another size): its part is UNINSPECTED."""
+    """One picture is unusable (cut, corrupt, too large, of another size): its part is UNINSPECTED.
 
-    def __init__(self, message: str, *, part_id: str | None = None, part_id_source: str | None = None) -> None:
+    `trigger_count` is the camera's count of it, as in `Picture`: it came, though damaged, and is no gap.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        part_id: str | None = None,
+        part_id_source: str | None = None,
+        trigger_count: int | None = None,
+    ) -> None:
         super().__init__(message, reason="frame_corrupt")
         self.part_id = part_id
         self.part_id_source = part_id_source
+        self.trigger_count = trigger_count

@@ -1,141 +1,68 @@
 """The wire form: what the line says becomes a CloudEvent on Kafka.
 
 CloudEvents 1.0 (https://github.com/cloudevents/spec), Kafka binding in binary mode (attributes as `ce_` headers, the
-data as the value) or structured mode (one JSON document). The data models here are the contract; their JSON Schemas in
-`pipeline/schemas/` are generated from them and a test holds them equal. Pure: no clock, no client.
+data as the value) or structured mode (one JSON document). The data models are those of `wire`. Pure: no clock, no
+client.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
-from datetime import datetime, timedelta
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, Literal
 from uuid import NAMESPACE_URL, uuid5
 
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic.alias_generators import to_camel
+from pydantic import BaseModel
 
-from pipeline.types import CameraState, PartVerdict, Scores
+from pipeline.types import (
+    CameraState,
+    Model,
+    Part,
+    PartVerdict,
+    Scores,
+    Stray,
+    StrayReason,
+    Threshold,
+    ViewVerdict,
+)
+from pipeline.wire import (
+    AuditData,
+    MissingViewData,
+    ModelData,
+    RegionData,
+    ScoresData,
+    StatusData,
+    ThresholdData,
+    TimingData,
+    VerdictData,
+    ViewData,
+)
 
 _TYPE_PREFIX = "io.logicrd.inspection."
 _NAMESPACE = uuid5(NAMESPACE_URL, "urn:logicrd:inspection")
-_TYPES = {"verdict": "verdict.v1", "view": "view.v1", "status": "status.v1"}
+_TYPES = {"verdict": "verdict.v1", "view": "view.v1", "status": "status.v1", "audit": "audit.v1"}
+_DEAD_LETTER = "dlq.v1"
+_LONGEST_DEAD_LETTER = 64 * 1024
 
-EventKind = Literal["verdict", "view", "status"]
+EventKind = Literal["verdict", "view", "status", "audit"]
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One Kafka record. `topic` is without the site's prefix; `is_part` marks what the MES counts."""
+    """One Kafka record. `topic` is without the site's prefix; `is_part` marks what the MES counts.
+
+    `done` is called once the record's fate is known, on the client library's thread; it must not block.
+    """
 
     topic: str
     key: bytes
     value: bytes
     headers: tuple[tuple[str, bytes], ...]
     is_part: bool = False
-
-
-class _Data(BaseModel):
-    model_config = ConfigDict(
-        alias_generator=to_camel,
-        populate_by_name=True,
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-    )
-
-
-class ScoresData(_Data):
-    """Raw scores, higher is more anomalous; null where a score was not finite."""
-
-    map: float | None
-    mahalanobis: float | None
-    fused: float | None
-
-
-class RegionData(_Data):
-    """A marked area: `bbox` is x, y, width, height as fractions of the picture."""
-
-    bbox: Annotated[list[float], Field(min_length=4, max_length=4)]
-    peak: float
-
-
-class ViewData(_Data):
-    """What one camera saw of the part."""
-
-    camera_id: str
-    frame_id: int
-    captured_at: datetime
-    scores: ScoresData | None
-    regions: list[RegionData]
-    image_ref: str | None
-
-
-class ThresholdData(_Data):
-    """The limits that were applied."""
-
-    ng: float
-    review: float
-    version: int
-    source: Literal["redis", "cache", "file", "manifest"]
-
-
-class ModelData(_Data):
-    """The network that gave the scores."""
-
-    name: str
-    version: str
-    sha256: str
-
-
-class TimingData(_Data):
-    """Milliseconds from capture; `inferredMs` is null when Triton gave no answer."""
-
-    queued_ms: float | None
-    inferred_ms: float | None
-    decided_ms: float
-    budget_ms: float
-    late: bool
-
-
-class VerdictData(_Data):
-    """The data of `inspection.verdict.v1` (one a part) and of `inspection.view.v1` (one a frame)."""
-
-    schema_version: Literal["1.0"] = "1.0"
-    inspection_id: str
-    part_id: str
-    part_id_source: str
-    site: str
-    area: str
-    line: str
-    station: str
-    product_id: str
-    verdict: Literal["OK", "NG", "REVIEW", "UNINSPECTED"]
-    reason_codes: list[str]
-    views: list[ViewData]
-    threshold: ThresholdData | None
-    model: ModelData | None
-    timing: TimingData
-    sequence: int
-    worker: str
-    epoch: int | None = None
-    """Fencing epoch: the generation of the camera pool's group at capture; null for a worker without a pool. Of two
-    workers that read one camera at the same time, the higher was in charge. Compare only verdicts of about the same
-    time: Kafka counts anew when a pool has had no worker for long."""
-
-
-class StatusData(_Data):
-    """The data of `inspection.status.v1`: a camera changed its state."""
-
-    schema_version: Literal["1.0"] = "1.0"
-    camera_id: str
-    state: Literal["connecting", "streaming", "lost", "ended", "failed"]
-    reason: str
-    worker: str
-    epoch: int | None = None
-    """As in a verdict; of a camera's last states that of the highest epoch holds."""
+    done: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +88,52 @@ class Encoder:
         self._place = place
         self._content_mode = content_mode
 
-    def part(self, part: PartVerdict, *, decided_at: datetime) -> tuple[Event, Event]:
-        """Encode a part's verdict: the view's event, then the part's."""
-        place, frame = self._place, part.frame
-        inspection = inspection_id(place.source, frame.station, frame.part_id, frame.camera_id)
-        value = self._verdict(part, inspection).model_dump_json(by_alias=True).encode()
-        key = f"{place.line}/{frame.station}".encode()
-        view = self._event("view", f"{inspection}/{frame.camera_id}", frame.part_id, decided_at, key, value)
-        return view, self._event("verdict", inspection, frame.part_id, decided_at, key, value, is_part=True)
+    def part(self, part: PartVerdict, *, decided_at: datetime) -> tuple[Event, ...]:
+        """Encode a part's verdict: one event a view, then the part's."""
+        place, subject = self._place, part.part.part_id
+        inspection = self._inspection(part.part)
+        key = f"{place.line}/{part.part.station}".encode()
+        value = _json(self._verdict(part, inspection))
+        events = []
+        for view in part.views:
+            alone = len(part.views) == 1 and not part.missing  # then the view says what the part says
+            seen = value if alone else _json(self._verdict(_only(part, view), inspection))
+            name = f"{inspection}/{view.frame.camera_id}"
+            events.append(self._event("view", name, subject, decided_at, key, seen))
+        return *events, self._event("verdict", inspection, subject, decided_at, key, value, is_part=True)
+
+    def audit(self, stray: Stray, at: datetime) -> Event:
+        """Encode a frame that counts for no verdict."""
+        place, frame, part = self._place, stray.frame, stray.part
+        data = AuditData(
+            reason=stray.reason.value,
+            late=stray.reason in {StrayReason.LATE_FRAME, StrayReason.LATE_RESULT},
+            inspection_id=None if part is None else self._inspection(part),
+            part_id=frame.part_id if part is None else part.part_id,
+            part_id_source=frame.part_id_source if part is None else part.part_id_source,
+            site=place.site,
+            area=place.area,
+            line=place.line,
+            station=frame.station,
+            product_id=frame.product,
+            camera_id=frame.camera_id,
+            frame_id=frame.number,
+            captured_at=frame.captured_at,
+            scores=None if stray.scores is None else _scores(stray.scores),
+            worker=place.worker,
+        )
+        name = f"{place.worker}/{frame.camera_id}/{frame.number}/{stray.reason.value}"
+        return self._event("audit", name, data.part_id, at, f"{place.line}/{frame.station}".encode(), _json(data))
+
+    def dead_letter(
+        self, place: str, key: bytes | None, value: bytes | None, headers: Iterable[tuple[str, bytes]], error: str
+    ) -> Event:
+        """Wrap a record that cannot be used: as it came, with what was wrong and where it lay (`place`) as headers."""
+        told = {"logicrd_error": error, "logicrd_record": place, "logicrd_worker": self._place.worker}
+        if value is not None and len(value) > _LONGEST_DEAD_LETTER:
+            value, told["logicrd_cut_from"] = value[:_LONGEST_DEAD_LETTER], str(len(value))
+        added = ((name, text.encode()) for name, text in told.items())
+        return Event(_DEAD_LETTER, key or b"", value or b"", (*headers, *added))
 
     def status(
         self, camera_id: str, state: CameraState, reason: str, at: datetime, *, epoch: int | None = None
@@ -176,34 +141,38 @@ class Encoder:
         """Encode a camera's change of state; keyed by camera, so that the last state can be kept."""
         data = StatusData(camera_id=camera_id, state=state.value, reason=reason, worker=self._place.worker, epoch=epoch)
         name = f"{self._place.worker}/{camera_id}/{at.isoformat()}"
-        value = data.model_dump_json(by_alias=True).encode()
-        return self._event("status", name, camera_id, at, camera_id.encode(), value)
+        return self._event("status", name, camera_id, at, camera_id.encode(), _json(data))
 
-    def _verdict(self, part: PartVerdict, inspection: str) -> VerdictData:
-        place, frame, inference = self._place, part.frame, part.inference
-        threshold, model = part.verdict.threshold, inference.model
+    def _inspection(self, part: Part) -> str:
+        return inspection_id(self._place.source, part.station, part.part_id, part.camera_id, part.meas_id)
+
+    def _verdict(self, verdict: PartVerdict, inspection: str) -> VerdictData:
+        place, part = self._place, verdict.part
+        decisive = _decisive(verdict)
         return VerdictData(
             inspection_id=inspection,
-            part_id=frame.part_id,
-            part_id_source=frame.part_id_source,
+            part_id=part.part_id,
+            part_id_source=part.part_id_source,
             site=place.site,
             area=place.area,
             line=place.line,
-            station=frame.station,
-            product_id=frame.product,
-            verdict=part.verdict.judgement.value,
-            reason_codes=list(part.verdict.reasons),
-            views=[_view(part)],
-            threshold=None
-            if threshold is None
-            else ThresholdData(
-                ng=threshold.ng, review=threshold.review, version=threshold.version, source=threshold.source.value
-            ),
-            model=None if model is None else ModelData(name=model.name, version=model.version, sha256=model.sha256),
-            timing=_timing(part, place.budget_ms),
-            sequence=part.sequence,
+            station=part.station,
+            product_id=part.product,
+            verdict=verdict.judgement.value,
+            reason_codes=list(verdict.reasons),
+            views=[_view(view, required=view.frame.camera_id not in verdict.optional) for view in verdict.views],
+            missing_views=[
+                MissingViewData(camera_id=view.camera_id, required=view.required, cause=view.cause.value)
+                for view in verdict.missing
+            ],
+            meas_id=part.meas_id,
+            triggered_at=part.opened_at if part.part_id_source == "trigger" else None,
+            threshold=None if decisive is None else _threshold(decisive.verdict.threshold),
+            model=None if decisive is None else _model(decisive.inference.model),
+            timing=_timing(verdict, place.budget_ms),
+            sequence=verdict.sequence,
             worker=place.worker,
-            epoch=frame.epoch,
+            epoch=part.epoch,
         )
 
     def _event(
@@ -236,9 +205,16 @@ class Encoder:
         return Event(_TYPES[kind], key, value, tuple(headers), is_part=is_part)
 
 
-def inspection_id(source: str, station: str, part_id: str, camera_id: str) -> str:
-    """Give a part's inspection the same id whenever it is computed: UUID 5 of where and what was inspected."""
-    return str(uuid5(_NAMESPACE, f"{source}/{station}/{camera_id}/{part_id}"))
+def inspection_id(
+    source: str, station: str, part_id: str, camera_id: str | None = None, meas_id: str | None = None
+) -> str:
+    """Give a part's inspection the same id whenever it is computed: UUID 5 of where and what was inspected.
+
+    `camera_id` for a part that is one frame of one camera; a part of several views has an id of its own.
+    """
+    if camera_id is not None:
+        return str(uuid5(_NAMESPACE, f"{source}/{station}/{camera_id}/{part_id}"))
+    return str(uuid5(_NAMESPACE, f"{source}/{json.dumps([station, part_id, meas_id])}"))
 
 
 def decode(value: bytes, headers: dict[str, bytes | None]) -> dict[str, Any]:
@@ -259,28 +235,60 @@ def decode(value: bytes, headers: dict[str, bytes | None]) -> dict[str, Any]:
     return {"attributes": attributes, "data": data}
 
 
-def schemas() -> dict[str, dict[str, Any]]:
-    """Give the JSON Schemas of the wire, by file name."""
-    models: dict[str, type[BaseModel]] = {"verdict.v1.json": VerdictData, "status.v1.json": StatusData}
-    return {
-        name: {
-            "$schema": "https://json-schema.org/draft/2020-12/schema",
-            **model.model_json_schema(by_alias=True, mode="serialization"),
-        }
-        for name, model in models.items()
-    }
+def _json(data: BaseModel) -> bytes:
+    return data.model_dump_json(by_alias=True).encode()
 
 
-def _view(part: PartVerdict) -> ViewData:
-    frame, scores = part.frame, part.inference.scores
+def _only(part: PartVerdict, view: ViewVerdict) -> PartVerdict:
+    """Make what one view alone says of a part, in time since its own capture."""
+    own = replace(part.part, product=view.frame.product, opened_s=view.frame.captured_s)
+    verdict = view.verdict
+    return replace(
+        part,
+        part=own,
+        judgement=verdict.judgement,
+        reasons=verdict.reasons,
+        views=(view,),
+        missing=(),
+        decided_s=view.decided_s,
+    )
+
+
+def _decisive(part: PartVerdict) -> ViewVerdict | None:
+    """Find the view whose limits and model stand for the part's."""
+    same = (view for view in part.views if view.verdict.judgement is part.judgement)
+    return next(same, part.views[0] if part.views else None)
+
+
+def _view(view: ViewVerdict, *, required: bool) -> ViewData:
+    frame, scores = view.frame, view.inference.scores
     return ViewData(
         camera_id=frame.camera_id,
         frame_id=frame.number,
         captured_at=frame.captured_at,
         scores=None if scores is None else _scores(scores),
-        regions=[RegionData(bbox=list(region.bbox), peak=region.peak) for region in part.regions],
-        image_ref=part.image_ref,
+        regions=[RegionData(bbox=list(region.bbox), peak=region.peak) for region in view.regions],
+        image_ref=view.image_ref,
+        required=required,
+        product_id=frame.product,
+        verdict=view.verdict.judgement.value,
+        reason_codes=list(view.verdict.reasons),
+        threshold=_threshold(view.verdict.threshold),
+        model=_model(view.inference.model),
+        trigger_count=frame.trigger_count,
     )
+
+
+def _threshold(threshold: Threshold | None) -> ThresholdData | None:
+    if threshold is None:
+        return None
+    return ThresholdData(
+        ng=threshold.ng, review=threshold.review, version=threshold.version, source=threshold.source.value
+    )
+
+
+def _model(model: Model | None) -> ModelData | None:
+    return None if model is None else ModelData(name=model.name, version=model.version, sha256=model.sha256)
 
 
 def _scores(scores: Scores) -> ScoresData:
@@ -292,16 +300,17 @@ def _scores(scores: Scores) -> ScoresData:
 
 
 def _timing(part: PartVerdict, budget_ms: float) -> TimingData:
-    start = part.frame.captured_s
+    """Tell the part's times; of several views those of the last one."""
 
-    def since(at_s: float | None) -> float | None:
-        return None if at_s is None else round((at_s - start) * 1e3, 2)
+    def since(moments: Iterable[float | None]) -> float | None:
+        known = [moment for moment in moments if moment is not None]
+        return round((max(known) - part.part.opened_s) * 1e3, 2) if known else None
 
-    decided = timedelta(seconds=part.decided_s - start) / timedelta(milliseconds=1)
+    decided_ms = (part.decided_s - part.part.opened_s) * 1e3
     return TimingData(
-        queued_ms=since(part.inference.sent_s),
-        inferred_ms=since(part.inference.received_s),
-        decided_ms=round(decided, 2),
+        queued_ms=since(view.inference.sent_s for view in part.views),
+        inferred_ms=since(view.inference.received_s for view in part.views),
+        decided_ms=round(decided_ms, 2),
         budget_ms=budget_ms,
-        late=decided > budget_ms,
+        late=decided_ms > budget_ms,
     )

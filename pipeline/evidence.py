@@ -22,11 +22,13 @@ from pipeline.config import Evidence as EvidenceSettings
 from pipeline.health import Health
 from pipeline.heatmap import overlay
 from pipeline.manifest import Manifest
-from pipeline.types import Image, Inference, Judgement, PartVerdict
+from pipeline.region import upright_size
+from pipeline.types import Image, Inference, Judgement, View, ViewVerdict
 
 _STAGE = "evidence"
 _QUEUE_LENGTH = 64
 _PANEL_HEIGHT = 320
+_TITLE_WIDTH = 2 * round(_PANEL_HEIGHT * 4 / 3)
 
 log = structlog.get_logger(__name__)
 
@@ -58,19 +60,20 @@ class Evidence:
         wanted = judgement in {Judgement.NG, Judgement.REVIEW} or self._settings.keep == "all"
         if self._settings.dir is None or inference.frame.image is None or not wanted:
             return None
-        part_id = inference.frame.part_id
+        frame = inference.frame
+        part_id = f"{frame.part_id}.{frame.meas_id}" if frame.meas_id else frame.part_id
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", part_id)[:100]
         if name != part_id:  # two parts must not share a name that was made fit
             name += f".{crc32(part_id.encode()):08x}"
         kind = "jpg" if judgement in {Judgement.NG, Judgement.REVIEW} else "png"
         return f"{inference.frame.camera_id}/{name}.{judgement.value}.{kind}"
 
-    def keep(self, part: PartVerdict) -> None:
-        """Hand a part's picture over, if one is kept of it."""
-        if part.image_ref is None or self._settings.dir is None:
+    def keep(self, view: ViewVerdict) -> None:
+        """Hand a view's picture over, if one is kept of it."""
+        if view.image_ref is None or self._settings.dir is None:
             return
         try:
-            self._queue.put_nowait((self._settings.dir / part.image_ref, part.inference, _title(part)))
+            self._queue.put_nowait((self._settings.dir / view.image_ref, view.inference, _title(view)))
         except queue.Full:
             self.dropped += 1
             log.warning("picture not kept: the disk is slower than the line", dropped=self.dropped)
@@ -120,20 +123,31 @@ class Evidence:
         self._written.append(path)
 
     def _panel(self, image: Image, inference: Inference, title: str) -> Image:
-        """Put the picture, its heat map and one line of text side by side."""
+        """Put what the model saw, its heat map and one line of text side by side, in the camera's proportions."""
         scale = self._manifests[inference.frame.product].calibration.heatmap
         heat = image if inference.anomaly_map is None else overlay(image, inference.anomaly_map, scale)
-        width = round(_PANEL_HEIGHT * 4 / 3)
-        pair = [cv2.resize(part, (width, _PANEL_HEIGHT), interpolation=cv2.INTER_LINEAR) for part in (image, heat)]
-        text = np.full((28, 2 * width, 3), 32, np.uint8)
-        cv2.putText(text, title, (8, 19), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (230, 230, 230), 1, cv2.LINE_AA)
-        panel: Image = np.concatenate([np.concatenate(pair, axis=1), text], axis=0).astype(np.uint8)
+        width, height = _panel_size(inference.frame.view)
+        pair = [cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR) for part in (image, heat)]
+        shown = np.concatenate(pair, axis=1)
+        panel = np.full((height + 28, max(_TITLE_WIDTH, 2 * width), 3), 32, np.uint8)
+        panel[:height, : 2 * width] = shown
+        place = (8, height + 19)
+        cv2.putText(panel, title, place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, (230, 230, 230), 1, cv2.LINE_AA)
         return panel
 
 
-def _title(part: PartVerdict) -> str:
-    scores, threshold = part.inference.scores, part.verdict.threshold
+def _panel_size(view: View | None) -> tuple[int, int]:
+    """Give the width and height of a picture in the panel: of a region its own shape, of whole pictures 4:3."""
+    if view is None:
+        return round(_PANEL_HEIGHT * 4 / 3), _PANEL_HEIGHT
+    width, height = upright_size(view)
+    share = _PANEL_HEIGHT / max(height, width / 2)  # no wider than two squares
+    return max(1, round(width * share)), max(1, round(height * share))
+
+
+def _title(view: ViewVerdict) -> str:
+    scores, threshold = view.inference.scores, view.verdict.threshold
     score = f"score {scores.fused:.2f}" if scores is not None else "no score"
     limit = f"ng {threshold.ng:.2f} v{threshold.version}" if threshold is not None else "no threshold"
-    why = ", ".join(part.verdict.reasons)
-    return f"{part.verdict.judgement}  {part.frame.product}  {part.frame.part_id}   {score} / {limit}   {why}"
+    why = ", ".join(view.verdict.reasons)
+    return f"{view.verdict.judgement}  {view.frame.product}  {view.frame.part_id}   {score} / {limit}   {why}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,12 +17,13 @@ import cv2
 import numpy as np
 import structlog
 
-from pipeline.cameras import Camera, RtspCamera
+from pipeline.cameras import Camera, LiveCamera
 from pipeline.errors import FrameError, SourceError
 from pipeline.health import Health
 from pipeline.metrics import Metrics
+from pipeline.region import cut_region
 from pipeline.sources import Source, open_source
-from pipeline.types import CameraState, Cause, Frame, Image, Picture
+from pipeline.types import IDLE, CameraState, Cause, Frame, Image, Picture
 
 FIRST_PAUSE_S = 0.5
 
@@ -55,11 +57,17 @@ class CameraReader:
     def __init__(self, camera: Camera, model_size: tuple[int, int], line: Handover, *, number: int = 0) -> None:
         self._camera = camera
         self._model_size = model_size
+        self._view = None if camera.region is None else camera.region.view
+        self._inside = None if camera.region is None else camera.region.inside()
         self._line = line
         self._stop = threading.Event()
         self._number = number  # of the last frame; above 0 for a camera that this line has read before
         self._round = 0
         self._state = CameraState.CONNECTING
+        self._reason = ""
+        self._last_count: int | None = None
+        # The last picture's digest, and since when it has been the same.
+        self._still: tuple[int, float] | None = None
         self._stage = f"camera {camera.id}"
         self._thread = threading.Thread(target=self._run, name=self._stage, daemon=True)
 
@@ -98,10 +106,8 @@ class CameraReader:
     def _supervise(self) -> None:
         pause_s = FIRST_PAUSE_S
         while not self._stop.is_set():
-            self._line.health.beat(self._stage)
-            frames_before = self._number
             error = self._read_once()
-            if error is None and not isinstance(self._camera, RtspCamera):
+            if error is None and not isinstance(self._camera, LiveCamera):
                 if not self._camera.loop:
                     self._change(CameraState.ENDED)
                     return
@@ -113,13 +119,14 @@ class CameraReader:
             if self._stop.is_set():
                 return
             reason, text, hint = (error.reason, str(error), error.hint) if error else ("stream_ended", "", "")
+            had_pictures = self._state is CameraState.STREAMING
             self._change(CameraState.LOST, reason, text, hint)
-            pause_s = FIRST_PAUSE_S if self._number > frames_before else min(pause_s * 2, self._longest_pause_s())
+            pause_s = FIRST_PAUSE_S if had_pictures else min(pause_s * 2, self._longest_pause_s())
             self._line.health.retire(self._stage)  # a camera that is away is no stalled stage
             self._stop.wait(pause_s)
 
     def _longest_pause_s(self) -> float:
-        return self._camera.retry_max_s if isinstance(self._camera, RtspCamera) else FIRST_PAUSE_S
+        return self._camera.retry_max_s if isinstance(self._camera, LiveCamera) else FIRST_PAUSE_S
 
     def _read_once(self) -> SourceError | None:
         """Read from opening to the end or the loss of the source; gives the reason of a loss."""
@@ -132,26 +139,57 @@ class CameraReader:
 
     def _read_all(self, source: Source) -> None:
         next_due = time.monotonic()
+        self._last_count = None
         while not self._stop.is_set():
             self._line.health.beat(self._stage)
             if not self._line.wait_for_room(self._camera.id, 0.5) or self._stop.is_set():
                 continue  # the line makes room for nothing new when it ends
-            if (rate := getattr(self._camera, "rate", 0.0)) > 0:
+            if not isinstance(self._camera, LiveCamera) and (rate := self._camera.rate) > 0:
                 if self._stop.wait(max(0.0, next_due - time.monotonic())):
                     return
                 next_due = max(next_due + 1 / rate, time.monotonic() - 1 / rate)
             try:
                 picture = source.read()
             except FrameError as error:
+                self._count_gap(error.trigger_count)
                 self._hand_over_fault(error)
+                continue
+            if picture is IDLE:
+                if isinstance(self._camera, LiveCamera) and self._camera.is_triggered:
+                    self._change(CameraState.STREAMING)
                 continue
             if picture is None:
                 return
+            self._count_gap(picture.trigger_count)
+            self._refuse_frozen(picture)
             self._hand_over(picture)
+
+    def _count_gap(self, count: int | None) -> None:
+        """Report the frames that the camera counted and that never came."""
+        last, self._last_count = self._last_count, count
+        if count is not None and last is not None and count > last + 1:
+            self._line.metrics.dropped(self._camera.id, "missed", count - last - 1)
+            log.warning("frames missed", camera=self._camera.id, missed=count - last - 1)
+
+    def _refuse_frozen(self, picture: Picture) -> None:
+        """Give up a camera that repeats itself bit for bit: its part would be judged by the picture of another."""
+        limit_s = self._camera.frozen_after_s if isinstance(self._camera, LiveCamera) else None
+        if limit_s is None:
+            return
+        digest = zlib.crc32(np.ascontiguousarray(picture.image).data)
+        if self._still is None or digest != self._still[0]:
+            self._still = (digest, picture.captured_s)
+        still_s = picture.captured_s - self._still[1]
+        if still_s >= limit_s:
+            stamp = picture.captured_at, picture.captured_s, picture.part_id, picture.part_id_source
+            self._accept(None, *stamp, picture.trigger_count, Cause.CAMERA_LOST)
+            text = f"the same picture for {still_s:.1f} s"
+            raise SourceError(text, reason="frozen_picture", hint="restart the camera; see `frozen_after_s`")
 
     def _hand_over(self, picture: Picture) -> None:
         self._change(CameraState.STREAMING)
-        expected = self._camera.picture_size
+        view = self._view
+        expected = self._camera.picture_size if view is None else list(view.picture)
         height, width = picture.image.shape[:2]
         if expected is not None and expected != [width, height]:
             wrong = f"picture is {width} x {height}, `picture_size` says {expected[0]} x {expected[1]}"
@@ -159,14 +197,25 @@ class CameraReader:
                 FrameError(wrong, part_id=picture.part_id, part_id_source=picture.part_id_source), picture
             )
             return
-        image = to_model_size(picture.image, *self._model_size)
-        self._accept(image, picture.captured_at, picture.captured_s, picture.part_id, picture.part_id_source)
+        image = picture.image if view is None else cut_region(picture.image, view.crop, view.rotate, self._inside)
+        image = to_model_size(image, *self._model_size)
+        self._accept(
+            image,
+            picture.captured_at,
+            picture.captured_s,
+            picture.part_id,
+            picture.part_id_source,
+            picture.trigger_count,
+        )
 
     def _hand_over_fault(self, error: FrameError, picture: Picture | None = None) -> None:
         log.warning("frame not usable", camera=self._camera.id, cause=Cause.FRAME_CORRUPT.value, error=str(error))
         captured_at = picture.captured_at if picture is not None else datetime.now(UTC)
         captured_s = picture.captured_s if picture is not None else time.monotonic()
-        self._accept(None, captured_at, captured_s, error.part_id, error.part_id_source)
+        trigger_count = picture.trigger_count if picture is not None else error.trigger_count
+        self._accept(
+            None, captured_at, captured_s, error.part_id, error.part_id_source, trigger_count, Cause.FRAME_CORRUPT
+        )
 
     def _accept(
         self,
@@ -175,6 +224,8 @@ class CameraReader:
         captured_s: float,
         part_id: str | None,
         part_id_source: str | None,
+        trigger_count: int | None = None,
+        cause: Cause | None = None,
     ) -> None:
         self._number += 1
         if part_id is not None and self._round:
@@ -190,15 +241,17 @@ class CameraReader:
             captured_s=captured_s,
             deadline_s=captured_s + self._line.budget_s,
             image=image,
-            cause=Cause.FRAME_CORRUPT if image is None else None,
+            cause=cause,
+            trigger_count=trigger_count,
+            view=self._view,
         )
         self._line.metrics.stage("ingest", time.monotonic() - captured_s)
         self._line.accept(frame)
 
     def _change(self, state: CameraState, reason: str = "", text: str = "", hint: str = "") -> None:
-        if state is self._state:
+        if (state, reason) == (self._state, self._reason):
             return
-        self._state = state
+        self._state, self._reason = state, reason
         self._line.metrics.camera_state(self._camera.id, state, reason)
         self._line.announce(self._camera.id, state, reason)
         bad = state in {CameraState.LOST, CameraState.FAILED}

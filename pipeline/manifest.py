@@ -1,17 +1,21 @@
 """The manifest beside an exported ensemble: what the network is, and the numbers that belong to it.
 
 Read once at start from the model repository. It says which tensors Triton has to offer, which thresholds were suggested
-by the validation normals, and on which scale a heat map is drawn. Written by the training room; never by the line.
+by the validation normals, on which scale a heat map is drawn, and which part of a camera's picture the network saw.
+Written by the training room; never by the line.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pipeline.cameras import Camera
 from pipeline.errors import ConfigError
+from pipeline.region import RegionOfInterest
 from pipeline.types import Threshold, ThresholdSource
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -80,10 +84,19 @@ class Manifest(_Part):
     method: str
     version: Annotated[int, Field(ge=1)]
     input: Input
-    preprocessing: Literal["resize-area-v1"]
+    preprocessing: Literal["resize-area-v1", "region-v1+resize-area-v1"]
+    region: RegionOfInterest | None = None
     map_shape: tuple[int, int]
     calibration: Calibration
     model_sha256: Sha256
+
+    @model_validator(mode="after")
+    def _region_as_said(self) -> Manifest:
+        if (self.region is None) != (self.preprocessing == "resize-area-v1"):
+            raise ValueError("`preprocessing` and `region` do not fit together")
+        if self.region is not None and self.region.by_file:
+            raise ValueError("`region.mask` is a path: it must lie in the manifest itself")
+        return self
 
     @property
     def suggestion(self) -> Threshold:
@@ -113,6 +126,36 @@ def read_manifest(models_repo: Path, product: str) -> Manifest:
 def products_in(models_repo: Path) -> list[str]:
     """Name the products that a repository has, by their manifests."""
     return sorted(path.parent.name for path in models_repo.glob("*/manifest.json"))
+
+
+def with_models_region(camera: Camera, manifest: Manifest) -> Camera:
+    """Give a camera that has no region of its own the one that its model was trained with. Raises ConfigError."""
+    region = manifest.region
+    if camera.region is not None or region is None:
+        return camera
+    if camera.picture_size not in (None, region.picture_size):
+        width, height = region.picture_size
+        raise ConfigError(
+            f"camera {camera.id!r}: `picture_size` is not {width} x {height}, which the region of product "
+            f"{camera.product!r} is made for",
+            hint="give the camera a `region` of its own, which shows the part as the model's does",
+        )
+    return camera.model_copy(update={"region": region})
+
+
+def region_doubts(cameras: Sequence[Camera], manifests: Mapping[str, Manifest]) -> list[str]:
+    """Name the cameras whose own region is not the one that their model was trained with.
+
+    It may be right: a camera that is mounted otherwise needs another region to show the same. Raises ConfigError.
+    """
+    doubts = []
+    for camera in cameras:
+        trained = manifests[camera.product].region
+        region = with_models_region(camera, manifests[camera.product]).region
+        if region is not None and not region.same_as(trained):
+            on = "whole pictures" if trained is None else "another region"
+            doubts.append(f"camera {camera.id!r}: product {camera.product!r} was trained on {on}")
+    return doubts
 
 
 def _absent(models_repo: Path, product: str) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from pipeline.types import CameraState, Cause, Judgement
+from pipeline.types import CameraState, Cause, Judgement, PartVerdict, StrayReason
 
 _LATENCY_BUCKETS_S = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
 _WINDOW = 2048  # latencies kept per camera for the table's quantiles: about ten minutes at 3 frames/s
@@ -34,12 +34,16 @@ class CameraFigures:
     queued: int = 0
     judgements: Tally[Judgement] = field(default_factory=Tally)
     causes: Tally[str] = field(default_factory=Tally)
+    dropped: Tally[str] = field(default_factory=Tally)
     latencies_s: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
 
 
 @dataclass(frozen=True, slots=True)
 class CameraSnapshot:
-    """A camera's figures at one moment; `p50_ms` and `p99_ms` are from capture to verdict, None before the first."""
+    """A camera's figures at one moment; `p50_ms` and `p99_ms` are from capture to verdict, None before the first.
+
+    `dropped` counts frames that never reached the server, by cause; `missed` are gaps in the camera's own count.
+    """
 
     camera_id: str
     product: str
@@ -50,17 +54,40 @@ class CameraSnapshot:
     queued: int
     judgements: dict[str, int]
     causes: dict[str, int]
+    dropped: dict[str, int]
     p50_ms: float | None
     p99_ms: float | None
+
+
+@dataclass(slots=True)
+class StationFigures:
+    """The parts of one station since the start: triggered = OK + NG + REVIEW + UNINSPECTED + those still open."""
+
+    triggered: int = 0
+    judgements: Tally[Judgement] = field(default_factory=Tally)
+    causes: Tally[str] = field(default_factory=Tally)
+
+
+@dataclass(frozen=True, slots=True)
+class StationSnapshot:
+    """A station's figures at one moment."""
+
+    station: str
+    triggered: int
+    judgements: dict[str, int]
+    causes: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
 class LineSnapshot:
     """The line's figures at one moment: of the cameras that it reads, and the sums of all that it has read.
 
-    `acknowledged` counts part verdicts that Kafka has confirmed."""
+    `triggered` and `judged` count parts, `acknowledged` those Kafka has confirmed. `p50_ms` and `p99_ms` are from a
+    part's trigger or capture to its verdict.
+    """
 
     cameras: tuple[CameraSnapshot, ...]
+    stations: tuple[StationSnapshot, ...]
     triggered: int
     judged: int
     acknowledged: int
@@ -78,9 +105,14 @@ class Metrics:
         self._lock = threading.Lock()
         self._cameras: dict[str, CameraFigures] = {}
         self._retired: set[str] = set()
-        self._judged = self._acknowledged = self._undelivered = 0
+        self._stations: dict[str, StationFigures] = {}
+        self._latencies_s: deque[float] = deque(maxlen=_WINDOW)
+        self._acknowledged = self._undelivered = 0
         registry = self.registry
         self._frames = Counter("inspection_frames", "Frames read", ["camera"], registry=registry)
+        self._triggered = Counter(
+            "inspection_parts_triggered", "Parts opened; all get a verdict", ["station"], registry=registry
+        )
         self._verdicts = Counter(
             "inspection_parts", "Part verdicts given", ["station", "verdict", "cause"], registry=registry
         )
@@ -89,9 +121,30 @@ class Metrics:
         )
         self._queued = Gauge("inspection_queue_frames", "Frames waiting", ["camera"], registry=registry)
         self._up = Gauge("inspection_camera_up", "1 while frames arrive", ["camera"], registry=registry)
-        self._late = Counter("inspection_late_results", "Answers after their part's verdict", registry=registry)
+        self._strays = Counter(
+            "inspection_strays", "Frames and answers that count for no verdict", ["station", "cause"], registry=registry
+        )
+        self._triggers = Counter("inspection_triggers", "Trigger messages by fate", ["fate"], registry=registry)
+        self._resets = Counter(
+            "inspection_counter_resets", "Trigger counters aligned anew", ["camera"], registry=registry
+        )
+        self._dropped = Counter(
+            "inspection_frames_dropped", "Frames that never reached the server", ["camera", "cause"], registry=registry
+        )
+        self._losses = Counter(
+            "inspection_camera_losses", "Times a camera was lost", ["camera", "reason"], registry=registry
+        )
         self._stage = Histogram(
             "inspection_stage_seconds", "Time in a stage", ["stage"], buckets=_LATENCY_BUCKETS_S, registry=registry
+        )
+        self._triton_requests = Counter(
+            "inspection_triton_requests", "Batches sent to a replica of Triton", ["replica"], registry=registry
+        )
+        self._triton_failures = Counter(
+            "inspection_triton_failures", "Batches that a replica gave no scores for", ["replica"], registry=registry
+        )
+        self.triton_replicas_up = Gauge(
+            "inspection_triton_replicas_up", "Replicas of Triton that get batches", registry=registry
         )
         self._events = Counter("inspection_events", "Events by fate", ["fate"], registry=registry)
         self._refused = Gauge(
@@ -130,19 +183,27 @@ class Metrics:
             self._refused.labels(reason).set(count)
 
     def camera_state(self, camera_id: str, state: CameraState, reason: str = "") -> None:
-        """Note what a camera's reader is doing."""
+        """Note what a camera's reader is doing; `reason` is a code, for the states that have one."""
         with self._lock:
             figures = self._cameras[camera_id]
             figures.state, figures.reason = state, reason
             if camera_id in self._retired:
                 return
         self._up.labels(camera_id).set(state is CameraState.STREAMING)
+        if state in {CameraState.LOST, CameraState.FAILED}:
+            self._losses.labels(camera_id, reason).inc()
 
     def frame(self, camera_id: str) -> None:
-        """Count a frame that was read, usable or not: a part triggered."""
+        """Count a frame that was read, usable or not."""
         with self._lock:
             self._cameras[camera_id].frames += 1
         self._frames.labels(camera_id).inc()
+
+    def dropped(self, camera_id: str, cause: str, count: int = 1) -> None:
+        """Count frames that never reached the server: a `Cause`, or `missed` for gaps in the camera's own count."""
+        with self._lock:
+            self._cameras[camera_id].dropped[str(cause)] += count
+        self._dropped.labels(camera_id, str(cause)).inc(count)
 
     def queued(self, camera_id: str, frames: int) -> None:
         """Note how many frames of a camera wait for inference."""
@@ -155,21 +216,58 @@ class Metrics:
         """Note the time that a frame spent in a stage."""
         self._stage.labels(stage).observe(seconds)
 
-    def verdict(self, camera_id: str, judgement: Judgement, cause: Cause | None, latency_s: float) -> None:
-        """Count a part's verdict."""
+    def triggered(self, station: str, parts: int) -> None:
+        """Count parts that were opened: as many verdicts are due."""
+        with self._lock:
+            self._stations.setdefault(station, StationFigures()).triggered += parts
+        self._triggered.labels(station).inc(parts)
+
+    def view(self, camera_id: str, judgement: Judgement, cause: Cause | None, latency_s: float) -> None:
+        """Count what one view said; `latency_s` is from its capture."""
         with self._lock:
             figures = self._cameras[camera_id]
             figures.judgements[judgement] += 1
             if cause is not None:
                 figures.causes[cause.value] += 1
             figures.latencies_s.append(latency_s)
-            self._judged += 1
-        self._verdicts.labels(figures.station, judgement.value, cause.value if cause else "").inc()
+
+    def verdict(self, part: PartVerdict) -> None:
+        """Count a part's verdict."""
+        station, judgement = part.part.station, part.judgement
+        cause = part.reasons[0] if judgement is Judgement.UNINSPECTED else ""
+        latency_s = part.decided_s - part.part.opened_s
+        with self._lock:
+            figures = self._stations.setdefault(station, StationFigures())
+            figures.judgements[judgement] += 1
+            if cause:
+                figures.causes[cause] += 1
+            self._latencies_s.append(latency_s)
+        self._verdicts.labels(station, judgement.value, cause).inc()
         self._latency.observe(latency_s)
 
-    def late(self) -> None:
-        """Count an answer that came after its part's verdict had gone out."""
-        self._late.inc()
+    def triton_request(self, replica: str, *, failed: bool) -> None:
+        """Count a batch that a replica of Triton has answered, or failed to."""
+        self._triton_requests.labels(replica).inc()
+        failures = self._triton_failures.labels(replica)
+        if failed:
+            failures.inc()
+
+    def triton_replica_left(self, replica: str) -> None:
+        """Forget the counts of a replica that has left, so that a restart of pods does not add series for ever."""
+        self._triton_requests.remove(replica)
+        self._triton_failures.remove(replica)
+
+    def stray(self, station: str, reason: StrayReason) -> None:
+        """Count a frame, or an answer, that counts for no verdict."""
+        self._strays.labels(station, reason.value).inc()
+
+    def trigger(self, fate: str) -> None:
+        """Count a trigger message: `opened`, `duplicate` or `refused`."""
+        self._triggers.labels(fate).inc()
+
+    def counter_reset(self, camera_id: str) -> None:
+        """Count a trigger counter that jumped, and was aligned anew."""
+        self._resets.labels(camera_id).inc()
 
     def acknowledged(self, *, is_part: bool) -> None:
         """Count an event that Kafka has confirmed."""
@@ -190,11 +288,17 @@ class Metrics:
             cameras = tuple(
                 _camera_snapshot(name, figures) for name, figures in self._cameras.items() if name not in self._retired
             )
-            triggered = sum(figures.frames for figures in self._cameras.values())
-            latencies = [value for figures in self._cameras.values() for value in figures.latencies_s]
-            counts = self._judged, self._acknowledged, self._undelivered
-        p50, p99 = _quantiles_ms(latencies)
-        return LineSnapshot(cameras, triggered, *counts, p50, p99)
+            stations = tuple(_station_snapshot(name, figures) for name, figures in self._stations.items())
+            latencies = list(self._latencies_s)
+            acknowledged, undelivered = self._acknowledged, self._undelivered
+        triggered = sum(station.triggered for station in stations)
+        judged = sum(sum(station.judgements.values()) for station in stations)
+        return LineSnapshot(cameras, stations, triggered, judged, acknowledged, undelivered, *_quantiles_ms(latencies))
+
+
+def _station_snapshot(name: str, figures: StationFigures) -> StationSnapshot:
+    judgements = {judgement.value: figures.judgements[judgement] for judgement in Judgement}
+    return StationSnapshot(name, figures.triggered, judgements, dict(figures.causes))
 
 
 def _camera_snapshot(name: str, figures: CameraFigures) -> CameraSnapshot:
@@ -209,6 +313,7 @@ def _camera_snapshot(name: str, figures: CameraFigures) -> CameraSnapshot:
         queued=figures.queued,
         judgements={judgement.value: figures.judgements[judgement] for judgement in Judgement},
         causes=dict(figures.causes),
+        dropped=dict(figures.dropped),
         p50_ms=p50,
         p99_ms=p99,
     )

@@ -50,6 +50,8 @@ _LET_GO_S = 3.0
 _STAGE = "camera pool"
 _STACK_HINT = "start it (`logicrd stack up` makes the topics too), or correct kafka.bootstrap in the line file"
 
+_APPLY = "apply the camera again with `logicrd cameras apply`"
+
 log = structlog.get_logger(__name__)
 
 
@@ -62,6 +64,9 @@ class PoolLine(Protocol):
     @property
     def products(self) -> Collection[str]:
         """Products that this worker can judge."""
+
+    def objection(self, camera: Camera) -> str:
+        """Say why a camera of a known product cannot be read here; '' when it can."""
 
     def add_camera(self, camera: Camera) -> None:
         """Begin to read a camera."""
@@ -181,6 +186,8 @@ class CameraPool:
 
     def _local(self, camera: Camera) -> Camera | Refusal:
         """Take a camera's paths from this worker's folder. A record may name no password file outside of it."""
+        if camera.region is not None and camera.region.by_file:
+            return Refusal("invalid", "region.mask: a path, not the mask itself", _APPLY)
         here = rooted(camera, self._pool.root)
         secret: Path | None = getattr(here, "password_file", None)
         if secret is None:
@@ -213,6 +220,10 @@ class CameraPool:
         """Start, stop and refuse cameras until the worker reads what its partitions hold."""
         partitions = sorted(self._complete)
         wanted, invalid = merged(self._records.get(partition, {}) for partition in partitions)
+        for name, camera in wanted.items():
+            if camera.product in self._line.products and (text := self._line.objection(camera)):
+                invalid[name] = Refusal("invalid", text, "correct the camera, or the line file's stations")
+        wanted = {name: camera for name, camera in wanted.items() if name not in invalid}
         running = {name: camera for name, (_, camera) in self._running.items()}
         todo = plan(wanted, running, products=self._line.products, taken=self._static, capacity=self._pool.capacity)
         for reason, names in _why(todo.stop, wanted).items():

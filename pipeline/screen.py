@@ -50,10 +50,11 @@ def _judged_line(event: dict[str, Any]) -> str:
     score = "-" if fused is None else f"{fused:.3f}"
     threshold = data["threshold"]
     limit = "-" if threshold is None else f"{threshold['ng']:.3f} v{threshold['version']}"
+    missing = [f"{view['cameraId']} missing" for view in data.get("missingViews", ())]
     clock = event["attributes"]["time"][11:23]
     return (
         f"{clock}  {event['key'] or '-':22} #{data['sequence']:<6} {data['verdict']:11} {data['partId']:32} "
-        f"score {score:>8} / {limit:14} {','.join(data['reasonCodes'])}"
+        f"score {score:>8} / {limit:14} {','.join([*data['reasonCodes'], *missing])}"
     )
 
 

@@ -11,6 +11,7 @@ import contextlib
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 
 import structlog
 from kafka import KafkaProducer
@@ -64,7 +65,7 @@ class Sink:
                 bootstrap_timeout_ms=int(self._settings.startup_timeout_s * 1e3),
                 allow_auto_create_topics=False,
             )
-            for kind in ("verdict.v1", "view.v1", "status.v1"):
+            for kind in ("verdict.v1", "view.v1", "status.v1", "audit.v1", "dlq.v1"):
                 self._require(self._topic(kind))
         except KafkaError as error:
             self._abandon()
@@ -94,6 +95,7 @@ class Sink:
         self._metrics.unacknowledged.set(self._unacknowledged)
         if refused:
             self._metrics.undelivered(len(refused), parts=sum(event.is_part for event in refused))
+            _tell(refused)
         if bool(refused) is not self._refusing:
             self._refusing = bool(refused)
             self._say_refusing()
@@ -163,6 +165,7 @@ class Sink:
             self._metrics.acknowledged(is_part=event.is_part)
         else:
             self._metrics.undelivered(1, parts=int(event.is_part))
+        _tell((event,))
 
     def _say_refusing(self) -> None:
         if self._refusing:
@@ -178,3 +181,10 @@ class Sink:
         if self._producer is not None:
             self._producer.close(timeout=0 if self._unacknowledged else 5)
             self._producer = None
+
+
+def _tell(events: Iterable[Event]) -> None:
+    """Tell whoever asked that an event's fate is known; what is left at the end of a run is never told."""
+    for event in events:
+        if event.done is not None:
+            event.done()

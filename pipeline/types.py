@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from enum import StrEnum
+from enum import Enum, StrEnum
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,17 @@ class Cause(StrEnum):
     MODEL_MISMATCH = "model_mismatch"
     SCORE_NOT_FINITE = "score_not_finite"
     QUEUE_FULL = "queue_full"
+    TRIGGER_MISSED = "trigger_missed"
+    PRODUCT_NOT_READY = "product_not_ready"
+
+
+class StrayReason(StrEnum):
+    """Why a frame, or its scores, count for no verdict."""
+
+    LATE_FRAME = "late_frame"
+    LATE_RESULT = "late_result"
+    DUPLICATE_FRAME = "duplicate_frame"
+    NO_TRIGGER = "no_trigger"
 
 
 class CameraState(StrEnum):
@@ -52,15 +64,85 @@ class CameraState(StrEnum):
     FAILED = "failed"
 
 
+class Idle(Enum):
+    """What a source's `read` gives when nothing came for a moment and the camera is well."""
+
+    IDLE = "idle"
+
+
+IDLE: Final = Idle.IDLE
+
+
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture as a source hands it over, at the camera's own size."""
+    """One picture as a source hands it over, at the camera's own size; `image` may be the source's own memory, which
+    holds until its next `read`.
+
+    `trigger_count` is the camera's own count of its frames: it grows by one a frame and starts anew with each opening,
+    so that within one a gap is frames that never came. `device_timestamp_ns` is the camera's clock.
+    """
 
     image: Image
     captured_at: datetime
     captured_s: float
     part_id: str | None = None
     part_id_source: str | None = None
+    trigger_count: int | None = None
+    device_timestamp_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """A message that a part is in front of the cameras: who it is and what it has to be.
+
+    `product` and `cameras` are None where the station's own hold. `triggered_s` is on this worker's monotonic clock;
+    `stale` marks one that was sent while no worker listened. `receipt` is the record's partition and offset.
+    """
+
+    station: str
+    part_id: str
+    meas_id: str
+    product: str | None
+    cameras: tuple[str, ...] | None
+    triggered_at: datetime
+    triggered_s: float
+    receipt: tuple[int, int]
+    stale: bool = False
+    epoch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which part, as its verdict names it.
+
+    `opened_*` is its trigger, or its first frame. `camera_id` belongs to the identity of a part that is one frame of
+    one camera, and is None for a part of several views. `meas_id` and `receipt` are those of its trigger,
+    `epoch` is as in its first frame.
+    """
+
+    station: str
+    part_id: str
+    part_id_source: str
+    product: str
+    opened_at: datetime
+    opened_s: float
+    deadline_s: float
+    camera_id: str | None = None
+    meas_id: str | None = None
+    receipt: tuple[int, int] | None = None
+    epoch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Which part of the camera's picture a frame shows: all sizes in pixels of that picture.
+
+    `picture` is (width, height), `crop` is (x, y, width, height), `rotate` degrees clockwise; see `region`.
+    """
+
+    picture: tuple[int, int]
+    crop: tuple[int, int, int, int]
+    rotate: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +150,9 @@ class Frame:
     """One view of one part on its way through the line.
 
     `image` is at model size; it is None exactly when `cause` says why the picture cannot be judged.
-    `number` counts the frames of this camera since the worker started, from 1. `epoch` is the generation of the
-    camera pool's group at capture, None for a worker without a pool.
+    `number` counts the frames of this camera since the worker started, from 1. `view` is None where the frame shows the
+    camera's whole picture. `epoch` is the generation of the camera pool's group at capture, None for a worker without a
+    pool.
     """
 
     camera_id: str
@@ -83,7 +166,20 @@ class Frame:
     deadline_s: float
     image: Image | None
     cause: Cause | None = None
+    trigger_count: int | None = None
+    meas_id: str | None = None
+    view: View | None = None
     epoch: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """A frame that counts for no verdict, or scores that came after it; `part` is whose it was, where that is known."""
+
+    frame: Frame
+    reason: StrayReason
+    part: Part | None = None
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,13 +262,35 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class PartVerdict:
-    """What the line says of one part: the verdict with all that its events need."""
+class ViewVerdict:
+    """What the line says of one view, with all that its event needs."""
 
     frame: Frame
     inference: Inference
     verdict: Verdict
-    sequence: int
     decided_s: float
     regions: tuple[Region, ...] = ()
     image_ref: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MissingView:
+    """A camera whose picture of the part did not come, and why."""
+
+    camera_id: str
+    required: bool
+    cause: Cause
+
+
+@dataclass(frozen=True, slots=True)
+class PartVerdict:
+    """What the line says of one part. `optional` names the views without which it can be OK."""
+
+    part: Part
+    sequence: int
+    judgement: Judgement
+    reasons: tuple[str, ...]
+    views: tuple[ViewVerdict, ...]
+    missing: tuple[MissingView, ...]
+    decided_s: float
+    optional: frozenset[str] = frozenset()

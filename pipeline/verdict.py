@@ -12,18 +12,21 @@ import cv2
 import numpy as np
 
 from pipeline.manifest import Calibration
-from pipeline.types import AnomalyMap, Cause, Inference, Judgement, Region, Scores, Threshold, Verdict
+from pipeline.region import box_in_picture
+from pipeline.types import AnomalyMap, Cause, Inference, Judgement, Region, Scores, Threshold, Verdict, View
 
 MAX_REGIONS = 8
 
 
-def decide(inference: Inference, threshold: Threshold | None, calibration: Calibration) -> Verdict:
-    """Judge one frame.
+def decide(inference: Inference, threshold: Threshold | None, calibration: Calibration | None) -> Verdict:
+    """Judge one frame. `calibration` is None for a product that this worker has not loaded.
 
     Reasons are codes: for UNINSPECTED its cause; for NG and REVIEW the limit that was met and the branch that says
     more (`anomaly_map`: something looks wrong in one place; `global_statistics`: the whole is not as it should be).
     """
     cause = inference.cause or inference.frame.cause
+    if calibration is None:
+        return Verdict(Judgement.UNINSPECTED, ((cause or Cause.PRODUCT_NOT_READY).value,), threshold)
     if cause is None and threshold is None:
         cause = Cause.THRESHOLD_MISSING
     scores = inference.scores
@@ -38,8 +41,11 @@ def decide(inference: Inference, threshold: Threshold | None, calibration: Calib
     return Verdict(Judgement.OK, (), threshold)
 
 
-def regions(anomaly_map: AnomalyMap, limit: float) -> tuple[Region, ...]:
-    """Find the connected areas of an (h, w) map above `limit`, strongest first, at most `MAX_REGIONS`."""
+def regions(anomaly_map: AnomalyMap, limit: float, view: View | None = None) -> tuple[Region, ...]:
+    """Find the connected areas of an (h, w) map above `limit`, strongest first, at most `MAX_REGIONS`.
+
+    `view` says which part of the camera's picture the map covers; None is all of it.
+    """
     height, width = anomaly_map.shape
     above = ((anomaly_map > limit) & np.isfinite(anomaly_map)).astype(np.uint8)
     count, labels, stats, _ = cv2.connectedComponentsWithStats(above, connectivity=8)
@@ -50,7 +56,10 @@ def regions(anomaly_map: AnomalyMap, limit: float) -> tuple[Region, ...]:
         )
         for label, (x, y, w, h, _) in zip(range(1, count), stats[1:].tolist(), strict=True)
     ]
-    return tuple(sorted(found, key=lambda region: -region.peak)[:MAX_REGIONS])
+    strongest = sorted(found, key=lambda region: -region.peak)[:MAX_REGIONS]
+    if view is not None:
+        strongest = [Region(box_in_picture(region.bbox, view), region.peak) for region in strongest]
+    return tuple(strongest)
 
 
 def _finite(scores: Scores) -> bool:

@@ -19,10 +19,11 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, StrMethodF
 from numpy.typing import NDArray
 
 from training.calibrate import HeatMap, Thresholds
-from training.data import read_image
+from training.data import read_region_of
 from training.detector import Description
 from training.evaluate import BRANCHES, Evaluation, ScoreRecord, by_kind, enlarged
 from training.metrics import AurocIntervals, ImageAuroc, Interval, TestReport
+from training.region import GREY, RegionOfInterest
 from training.spro import LIMITS
 
 REPORT, CARD = "report.json", "MODEL_CARD.md"
@@ -250,7 +251,7 @@ def _round_numbers(low: float, high: float) -> list[float]:
 def _sheet_figure(evaluation: Evaluation, description: Description) -> Figure:
     heat, limits = description.calibration.heatmap, description.calibration.thresholds
     chosen = [indices for kind in KINDS if (indices := pick(evaluation.records, kind))]
-    height, width = _thumb(read_image(Path(evaluation.records[0].file))).shape[:2]
+    height, width = _thumb(read_region_of(Path(evaluation.records[0].file), evaluation.region)).shape[:2]
     columns, cell = max(len(indices) for indices in chosen), 2.6
     size = (columns * cell + 0.9, len(chosen) * (2 * cell * height / width + 0.5) + 0.5)
     engine = ConstrainedLayoutEngine(h_pad=0.04, w_pad=0.02, hspace=0.01, wspace=0.01)
@@ -293,13 +294,22 @@ def overlay(picture: NDArray[np.uint8], anomaly_map: NDArray[np.float32], heat: 
 
 def _sample(evaluation: Evaluation, index: int, heat: HeatMap) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     file = Path(evaluation.records[index].file)
-    picture = _thumb(read_image(file))
+    picture = _thumb(read_region_of(file, evaluation.region))
     drawn = np.ascontiguousarray(overlay(picture, evaluation.maps[index], heat))
     for channel in () if evaluation.truth is None else evaluation.truth.channels(file):
-        mask = cv2.resize(channel.mask.astype(np.uint8), drawn.shape[1::-1], interpolation=cv2.INTER_AREA)
+        shown = _region_of_mask(channel.mask, evaluation.region)
+        mask = cv2.resize(shown, drawn.shape[1::-1], interpolation=cv2.INTER_AREA)
         contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(drawn, contours, -1, _OUTLINE, 1, cv2.LINE_AA)
     return picture, drawn
+
+
+def _region_of_mask(mask: NDArray[np.bool_], region: RegionOfInterest | None) -> NDArray[np.uint8]:
+    """The part of an (H, W) mask that the map covers, 0 or 1; nothing is marked where the model sees grey."""
+    if region is None:
+        return mask.astype(np.uint8)
+    white = np.repeat(mask.astype(np.uint8)[..., None] * 255, 3, axis=2)
+    return (region.cut(white)[..., 0] > (255 + GREY) // 2).astype(np.uint8)
 
 
 def _thumb(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:

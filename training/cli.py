@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import onnx
 import typer
@@ -172,6 +172,7 @@ def compare_command(
     steps: Annotated[int, typer.Option(min=1, help="Steps of every run.")] = 5000,
     batch_size: Annotated[int, typer.Option(min=2, help="Pictures of a step.")] = 16,
     size: Annotated[int, typer.Option(min=64, max=1024, help="Height and width of the pictures.")] = 256,
+    precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="As the setting of that name.")] = "auto",
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of the speed measurement; 0 leaves it out.")] = 30,
     as_json: Json = False,
@@ -188,6 +189,7 @@ def compare_command(
         image_size=size,
         steps=steps,
         batch_size=batch_size,
+        precision=precision,
         teacher_arch=network.arch,
         teacher_sha256=weights_sha256(network),
     )

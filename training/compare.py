@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -68,6 +69,7 @@ class Equal(BaseModel):
     image_size: int
     steps: int
     batch_size: int
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     teacher_arch: str
     teacher_sha256: str
 
@@ -128,6 +130,7 @@ def tasks_of(
                     "mahalanobis": True,
                     "image_size": equal.image_size,
                     "batch_size": equal.batch_size,
+                    "precision": equal.precision,
                     "max_steps": equal.steps,
                     # Equal steps for all: neither the clock nor a plateau may end a run early.
                     "max_minutes": 1e6,

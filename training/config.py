@@ -63,8 +63,10 @@ class FitConfig(NetworkConfig):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 5e-3
     # Attention is upset by the rate that suits the convolutions.
     attention_learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-3
-    # cosine warms up and then falls to nothing at max_steps; constant is the official recipe of reverse distillation.
-    schedule: Literal["constant", "cosine"] = "cosine"
+    # constant is the official recipe of reverse distillation; cosine warms up and then falls to nothing at max_steps. A
+    # student that settles rebuilds anomalies too: on one product, 250 steps, cosine took the map's image AUROC from
+    # 64.4 / 81.2 (logical / structural) to 53.9 / 74.3.
+    schedule: Literal["constant", "cosine"] = "constant"
     max_steps: Annotated[int, Field(ge=1)] = 500
     # Wall-clock budget; whichever of steps, minutes and plateau comes first ends the run.
     max_minutes: Annotated[float, Field(gt=0)] = 60.0

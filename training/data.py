@@ -18,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training.errors import DataError
+from training.region import RegionOfInterest, read_region
 
 Image = NDArray[np.uint8]
 
 PREPROCESSING = "resize-area-v1"
+REGION = "region.yaml"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 # Pictures too, but not read: refused by name, for a picture left out without a word would be missed by nobody.
 OTHER_SUFFIXES = frozenset({".bmp", ".gif", ".heic", ".jp2", ".pgm", ".ppm", ".tif", ".tiff", ".webp"})
@@ -47,7 +49,8 @@ class Layout(StrEnum):
 class DataFolder:
     """The picture files of one product. `test` has the kinds 'good', 'logical' and 'structural' that are there.
 
-    It is empty where the folder has no test split; else it has 'good' and at least one kind of anomaly.
+    It is empty where the folder has no test split; else it has 'good' and at least one kind of anomaly. `region` is
+    what the folder's region.yaml says of the camera that took the pictures; None where there is no such file.
     """
 
     root: Path
@@ -55,6 +58,7 @@ class DataFolder:
     train: tuple[Path, ...]
     validation: tuple[Path, ...]
     test: dict[str, tuple[Path, ...]]
+    region: RegionOfInterest | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +85,13 @@ def open_data(root: Path, *, need_test: bool = False) -> DataFolder:
     - folder: good/ or pictures in the folder itself; pictures of any other sub-folder count as structural anomalies
 
     Where there is no validation folder, every fifth training picture is held out for it (`hold_out`), and in a plain
-    folder with anomalies good test pictures in the same way. Raises DataError where a split is missing or too small.
+    folder with anomalies good test pictures in the same way. A region.yaml in the folder says which part of the
+    pictures is looked at; see `region`. Raises DataError where a split is missing or too small.
     """
     layout = _layout(root)
+    region = read_region(root / REGION)
     data = {Layout.LOCO: _open_loco, Layout.MVTEC_AD: _open_mvtec_ad, Layout.FOLDER: _open_folder}[layout](root)
+    data = replace(data, region=region)
     if len(data.train) < 2 or len(data.validation) < 2:
         raise DataError(f"data '{root}': needs two pictures each in train/good and validation/good to measure a spread")
     if data.test and len(data.test) < 2:
@@ -173,30 +180,42 @@ def check_pictures(data: DataFolder) -> None:
     for files in (data.train, data.validation):
         seen = set()
         for path in files:
-            image = read_image(path)
+            image = read_region_of(path, data.region)
             if image.min(axis=(0, 1)).tolist() == image.max(axis=(0, 1)).tolist():
                 raise DataError(f"picture '{path}': is one flat colour; remove it, or check the camera that took it")
             seen.add(hashlib.sha256(image.tobytes()).digest())
         if len(seen) == 1:
             raise DataError(f"data '{files[0].parent}': all pictures are the same one; give different good parts")
     for path in (path for files in data.test.values() for path in files):
-        read_image(path)
+        read_region_of(path, data.region)
 
 
-def load_at_model_size(files: Sequence[Path], size: int) -> NDArray[np.uint8]:
+def read_region_of(path: Path, region: RegionOfInterest | None) -> Image:
+    """The part of a picture file that a model sees, before the resize; raises DataError as `read_image`, and where the
+    picture is of another size than the region is made for."""
+    image = read_image(path)
+    try:
+        return image if region is None else region.cut(image)
+    except ValueError as error:
+        raise DataError(f"picture '{path}': {error}") from error
+
+
+def load_at_model_size(files: Sequence[Path], size: int, region: RegionOfInterest | None = None) -> NDArray[np.uint8]:
     """Reads pictures one by one into one (n, size, size, 3) uint8 array."""
     images = np.empty((len(files), size, size, 3), dtype=np.uint8)
     for index, path in enumerate(files):
-        images[index] = to_model_size(read_image(path), size, size)
+        images[index] = to_model_size(read_region_of(path, region), size, size)
     return images
 
 
-def data_sha256(files: Sequence[Path], root: Path) -> str:
-    """Hash over the names and bytes of `files`: says which data a model was fitted on."""
+def data_sha256(files: Sequence[Path], root: Path, region: RegionOfInterest | None = None) -> str:
+    """Hash over the names and bytes of `files`, and the region: says which data a model was fitted on."""
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
+    if region is not None:
+        digest.update(region.model_dump_json().encode())
     return digest.hexdigest()
 
 

@@ -23,6 +23,7 @@ from training.mahalanobis import Statistics, distance
 from training.methods import Network, build
 from training.metrics import ImageMetrics
 from training.modules.fusing import fuse_batch_norms
+from training.region import RegionOfInterest
 from training.stages import run_stages
 from training.teacher import empty_teacher
 
@@ -46,6 +47,7 @@ class Description(BaseModel):
     git_revision: str
     calibration: Calibration
     metrics: ImageMetrics | None = None
+    region: RegionOfInterest | None = None
 
     @property
     def method(self) -> str:

@@ -61,10 +61,10 @@ class TwoBottlenecks(nn.Module):
         self.condense = Condensing(width, image_size // 32)
 
     def forward(self, f1: Tensor, f2: Tensor, f3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, width, H/32, W/32) twice, and the descriptor (B, c2 + c3)."""
+        """(B, width, H/32, W/32) twice, and the descriptor."""
         detail = self.local_embedding.embedding(f1, f2, f3)
         context = self.global_embedding.embedding(f1, f2, f3)
-        return detail, self.condense(context), describe(f2, f3)
+        return detail, self.condense(context), describe(f1, f2, f3)
 
 
 class TwoStudents(nn.Module):

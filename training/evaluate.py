@@ -18,6 +18,7 @@ from training.detector import Detector
 from training.errors import DataError
 from training.masks import CONFIG, GroundTruth, open_masks
 from training.metrics import ANOMALIES, AuSpro, DefectMetrics, ImageAuroc, TestReport, auroc, image_auroc, image_metrics
+from training.region import RegionOfInterest, map_in_picture
 from training.spro import LabelledMap, SproAreas, au_spro, mean_areas
 
 # Pictures held in memory at a time.
@@ -39,7 +40,8 @@ class ScoreRecord(BaseModel):
 class Evaluation:
     """The report and what it was made from: a record and an (h, w) map, at the model's map size, of each picture.
 
-    `maps` is (n, h, w) float32 in the order of `records`; `truth` None where the data have no masks.
+    `maps` is (n, h, w) float32 in the order of `records`; `truth` None where the data have no masks. `region` is the
+    part of the pictures that the maps cover, None for all.
     """
 
     report: TestReport
@@ -47,28 +49,39 @@ class Evaluation:
     truth: GroundTruth | None
     records: list[ScoreRecord]
     maps: NDArray[np.float32]
+    region: RegionOfInterest | None = None
 
     def labelled_map(self, index: int) -> LabelledMap:
         """One picture's map at its original size, with its masks."""
         record = self.records[index]
         file = Path(record.file)
         channels = () if self.truth is None else self.truth.channels(file)
-        return LabelledMap(str(file), str(record.kind), enlarged(self.maps[index], *picture_size(file)), channels)
+        return LabelledMap(str(file), str(record.kind), self.map_of_picture(index), channels)
+
+    def map_of_picture(self, index: int) -> NDArray[np.float32]:
+        """One picture's map at its original size."""
+        if self.region is not None:
+            return map_in_picture(self.maps[index], self.region)
+        return enlarged(self.maps[index], *picture_size(Path(self.records[index].file)))
 
 
 def score_files(detector: Detector, files: Sequence[Path], kind: str | None = None) -> list[ScoreRecord]:
     """Scores picture files in order; raises DataError that names the first one that cannot be read."""
-    return [record for records, _ in _scored(detector, files, kind) for record in records]
+    region = detector.description.region
+    return [record for records, _ in _scored(detector, files, kind, region) for record in records]
 
 
 def evaluate(detector: Detector, data: DataFolder) -> Evaluation:
     """Scores the whole test split and measures it; reads every mask before the first picture.
 
+    The region is the data folder's own, else the one the model was trained with, as in the line.
+
     Needs a test split (`open_data(need_test=True)`). Raises DataError for masks that cannot be used (see
     `masks.open_masks`), pictures that cannot be read, and scores or maps that are not finite.
     """
     truth = open_masks(data)
-    scored = [part for kind, files in data.test.items() for part in _scored(detector, files, kind)]
+    region = data.region if data.region is not None else detector.description.region
+    scored = [part for kind, files in data.test.items() for part in _scored(detector, files, kind, region)]
     if not scored:
         raise DataError(f"data '{data.root}': has no test split to evaluate")
     records = [record for chunk, _ in scored for record in chunk]
@@ -88,10 +101,10 @@ def evaluate(detector: Detector, data: DataFolder) -> Evaluation:
         au_spro=None,
         defects=(),
     )
-    evaluation = Evaluation(report, data, truth, records, maps)
+    evaluation = Evaluation(report, data, truth, records, maps, region)
     areas = None if truth is None else _areas(evaluation)
     found = {"au_spro": None if areas is None else _au_spro(areas), "defects": _defects(evaluation, areas)}
-    return Evaluation(report.model_copy(update=found), data, truth, records, maps)
+    return Evaluation(report.model_copy(update=found), data, truth, records, maps, region)
 
 
 def branch_auroc(records: Sequence[ScoreRecord], column: str) -> ImageAuroc:
@@ -115,11 +128,11 @@ def write_maps(folder: Path, evaluation: Evaluation) -> Path:
     <folder>/<data folder's name>/test/<kind folder>/<id>.tiff; run the script with --anomaly_maps_dir <folder>.
     """
     root = folder / evaluation.data.root.resolve().name / "test"
-    for record, anomaly_map in zip(evaluation.records, evaluation.maps, strict=True):
+    for index, record in enumerate(evaluation.records):
         file = Path(record.file)
         path = root / _folder_of(record) / f"{file.stem}.tiff"
         path.parent.mkdir(parents=True, exist_ok=True)
-        tifffile.imwrite(path, enlarged(anomaly_map, *picture_size(file)))
+        tifffile.imwrite(path, evaluation.map_of_picture(index))
     return root
 
 
@@ -129,11 +142,11 @@ def _folder_of(record: ScoreRecord) -> str:
 
 
 def _scored(
-    detector: Detector, files: Sequence[Path], kind: str | None
+    detector: Detector, files: Sequence[Path], kind: str | None, region: RegionOfInterest | None
 ) -> Iterator[tuple[list[ScoreRecord], NDArray[np.float32]]]:
     for start in range(0, len(files), CHUNK):
         chunk = files[start : start + CHUNK]
-        scores = detector.score(load_at_model_size(chunk, detector.description.image_size))
+        scores = detector.score(load_at_model_size(chunk, detector.description.image_size, region))
         columns = zip(chunk, scores.score, scores.map_score, scores.mahalanobis, strict=True)
         records = [ScoreRecord(file=str(f), kind=kind, score=s, map_score=m, mahalanobis=d) for f, s, m, d in columns]
         for record in records:

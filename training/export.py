@@ -26,6 +26,7 @@ from training.graphs import fill_parameters, joined, parameters_of, stage_graph
 from training.mahalanobis import distance
 from training.methods import Network
 from training.metrics import ImageMetrics
+from training.region import REGION_STEP
 from training.repository import (
     InputEntry,
     Manifest,
@@ -215,7 +216,9 @@ def _manifest(about: Description, version: int, teacher: str, files: dict[str, s
         version=version,
         created=about.created,
         input=InputEntry(height=about.image_size, width=about.image_size),
-        preprocessing=PREPROCESSING,
+        # A line that knows no regions must refuse the model, not show it whole pictures.
+        preprocessing=PREPROCESSING if about.region is None else f"{REGION_STEP}+{PREPROCESSING}",
+        region=about.region,
         teacher=TeacherEntry(arch=about.teacher_arch, model=teacher, sha256=about.teacher_sha256),
         data_sha256=about.data_sha256,
         git_revision=about.git_revision,
@@ -238,6 +241,7 @@ def _description(manifest: Manifest) -> Description:
         git_revision=manifest.git_revision,
         calibration=manifest.calibration,
         metrics=None if manifest.metrics is None else ImageMetrics(**dict(manifest.metrics)),
+        region=manifest.region,
     )
 
 

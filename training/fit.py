@@ -75,8 +75,8 @@ def fit(
         torch.set_num_threads(config.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = teacher.to(device)
-    train, validation = (_open(files, teacher, config, places) for files in (data.train, data.validation))
-    hashes = (data_sha256((*data.train, *data.validation), data.root), weights_sha256(teacher))
+    train, validation = (_open(data, files, teacher, config, places) for files in (data.train, data.validation))
+    hashes = (data_sha256((*data.train, *data.validation), data.root, data.region), weights_sha256(teacher))
     torch.manual_seed(config.seed)
     if config.batch_size % replicas():
         raise ConfigError(f"batch_size {config.batch_size}: does not divide among {replicas()} processes")
@@ -101,17 +101,22 @@ def fit(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         git_revision=git_revision(),
         calibration=calibrate(normals, limits),
+        region=data.region,
     )
     return Detector(served, statistics, description)
 
 
-def _open(files: tuple[Path, ...], teacher: AnyTeacher, config: FitConfig, places: Places) -> Normals:
+def _open(data: DataFolder, files: tuple[Path, ...], teacher: AnyTeacher, config: FitConfig, places: Places) -> Normals:
+    def opened() -> Normals:
+        cached = config.cache_features
+        return open_normals(files, config.image_size, teacher, places.cache, cache_features=cached, region=data.region)
+
     if replicas() > 1:
         # One process fills the cache, the others find it.
         if _is_first():
-            open_normals(files, config.image_size, teacher, places.cache, cache_features=config.cache_features)
+            opened()
         dist.barrier()
-    return open_normals(files, config.image_size, teacher, places.cache, cache_features=config.cache_features)
+    return opened()
 
 
 class _Loss(nn.Module):

@@ -16,9 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.data import PREPROCESSING, read_image, to_model_size
+from training.data import PREPROCESSING, read_region_of, to_model_size
 from training.errors import DataError
 from training.modules.resnet import Features
+from training.region import RegionOfInterest
 from training.stages import LEVELS
 from training.teacher import AnyTeacher, weights_sha256
 
@@ -52,19 +53,25 @@ class Normals:
 
 
 def open_normals(
-    files: Sequence[Path], size: int, teacher: AnyTeacher, folder: Path, *, cache_features: bool
+    files: Sequence[Path],
+    size: int,
+    teacher: AnyTeacher,
+    folder: Path,
+    *,
+    cache_features: bool,
+    region: RegionOfInterest | None = None,
 ) -> Normals:
     """Reads every file once into `folder` (or finds it there from an earlier run) and returns the normals.
 
     Raises DataError that names the first file that cannot be read, and for pictures that are all one constant.
     """
-    key = _key(files, size, teacher if cache_features else None)
+    key = _key(files, size, teacher if cache_features else None, region)
     place = folder / key
     if not (place / "complete.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder))
         try:
-            _fill(partial, files, size, teacher if cache_features else None)
+            _fill(partial, files, size, teacher if cache_features else None, region)
             (partial / "complete.json").write_text(json.dumps({"pictures": len(files), "size": size}), encoding="utf-8")
             _move_in(partial, place)
         finally:
@@ -92,11 +99,13 @@ def _move_in(partial: Path, place: Path) -> None:
             raise
 
 
-def _fill(folder: Path, files: Sequence[Path], size: int, teacher: AnyTeacher | None) -> None:
+def _fill(
+    folder: Path, files: Sequence[Path], size: int, teacher: AnyTeacher | None, region: RegionOfInterest | None
+) -> None:
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (len(files), size, size, 3))
     varies = False
     for index, path in enumerate(files):
-        images[index] = to_model_size(read_image(path), size, size)
+        images[index] = to_model_size(read_region_of(path, region), size, size)
         varies = varies or bool((images[index] != images[0]).any())
     if not varies:
         raise DataError(f"data '{files[0].parent}': all {len(files)} pictures are the same; there is nothing to learn")
@@ -120,10 +129,12 @@ def _fill_levels(folder: Path, images: NDArray[np.uint8], teacher: AnyTeacher) -
             store[start : start + len(level)] = level.cpu().numpy().astype(np.float16)
 
 
-def _key(files: Sequence[Path], size: int, teacher: AnyTeacher | None) -> str:
+def _key(files: Sequence[Path], size: int, teacher: AnyTeacher | None, region: RegionOfInterest | None) -> str:
     digest = hashlib.sha256(f"{PREPROCESSING} {size}".encode())
     digest.update(b"" if teacher is None else f"{teacher.arch} {weights_sha256(teacher)}".encode())
     for path in files:
         digest.update(path.name.encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
+    if region is not None:
+        digest.update(region.model_dump_json().encode())
     return digest.hexdigest()[:24]

@@ -20,6 +20,7 @@ from training.calibrate import Calibration
 from training.config import NetworkConfig
 from training.errors import ConfigError
 from training.metrics import AurocIntervals, ImageAuroc, TestImages
+from training.region import RegionOfInterest
 from training.stages import Wiring
 
 CPU_BATCH, GPU_BATCH = 8, 32
@@ -87,6 +88,7 @@ class Manifest(BaseModel):
     created: str
     input: InputEntry
     preprocessing: str
+    region: RegionOfInterest | None = None
     teacher: TeacherEntry
     data_sha256: str
     git_revision: str

@@ -40,6 +40,7 @@ missing_packages() {
     [ -s "$KAFKA_STAMP" ] || command -v mvn >/dev/null || echo maven
     command -v redis-server >/dev/null || echo redis-server
     command -v arv-fake-gv-camera-0.8 >/dev/null || echo aravis-tools
+    has_aravis || echo gir1.2-aravis-0.8
     missing_gstreamer
   fi
 }
@@ -59,6 +60,11 @@ java_package() {
   if apt-cache show openjdk-17-jre-headless >/dev/null 2>&1; then echo openjdk-17-jre-headless; else echo default-jre-headless; fi
 }
 
+# GenICam cameras are read in Debian's own Python as well.
+has_aravis() {
+  /usr/bin/python3 -c 'import gi; gi.require_version("Aravis", "0.8")' 2>/dev/null
+}
+
 # The RTSP server runs in Debian's own Python, because the GObject bindings belong to that one.
 missing_gstreamer() {
   [ -x /usr/bin/python3 ] && /usr/bin/python3 - <<'EOF' 2>/dev/null || printf '%s\n' "${GSTREAMER_PACKAGES[@]}"
@@ -66,11 +72,11 @@ import gi
 gi.require_version("GstRtspServer", "1.0")
 from gi.repository import Gst, GstRtspServer
 Gst.init(None)
-raise SystemExit(any(Gst.ElementFactory.find(name) is None for name in ("rtph264pay", "h264parse", "x264enc")))
+raise SystemExit(any(Gst.ElementFactory.find(name) is None for name in ("rtph264pay", "h264parse", "x264enc", "avdec_h264")))
 EOF
 }
 GSTREAMER_PACKAGES=(python3-gi gir1.2-gst-rtsp-server-1.0 gstreamer1.0-plugins-good gstreamer1.0-plugins-bad
-  gstreamer1.0-plugins-ugly)
+  gstreamer1.0-plugins-ugly gstreamer1.0-libav)
 
 SUDO=()
 install_packages() {

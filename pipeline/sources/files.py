@@ -16,7 +16,7 @@ from types import TracebackType
 
 import numpy as np
 from PIL import Image as PillowImage
-from PIL import ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from pipeline.errors import FrameError, SourceError
 from pipeline.sources.stream import MAX_PIXELS, StreamSource
@@ -71,7 +71,10 @@ def open_video(path: Path) -> StreamSource:
 
 
 def read_picture(path: Path) -> Image:
-    """Decode one picture to HWC uint8 RGB, upright. Raises FrameError naming the file and the fault."""
+    """Decode one picture to HWC uint8 RGB. Raises FrameError naming the file and the fault.
+
+    A noted orientation (EXIF) is not applied: models are trained on pixels as they are stored; `region.rotate` turns.
+    """
     try:
         with PillowImage.open(path, formats=_FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
@@ -79,7 +82,7 @@ def read_picture(path: Path) -> Image:
                 raise FrameError(f"{path.name}: {size} is over the limit of {MAX_PIXELS} pixels")
             if picture.mode not in _MODES or _is_deep(picture):
                 raise FrameError(f"{path.name}: pixel format {picture.mode} is not 8-bit grey or RGB; convert it")
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+            return np.asarray(picture.convert("RGB"))
     except (PillowImage.DecompressionBombError, PillowImage.DecompressionBombWarning):
         raise FrameError(f"{path.name}: the picture is far over the limit of {MAX_PIXELS} pixels") from None
     except UnidentifiedImageError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pipeline.cameras import RtspCamera
-from pipeline.sources.stream import StreamSource
+from pipeline.errors import ConfigError, SourceError
+from pipeline.sources.child import ChildSource
 
 # A short probe: cameras send their parameter sets in the SDP, and every probed packet is latency at start. Never
 # `nobuffer`: it throws the probed packets away, and with them the first parts.
@@ -15,7 +16,15 @@ _OPTIONS = {
 }
 
 
-def open_rtsp(camera: RtspCamera) -> StreamSource:
-    """Make the source of an RTSP camera; the timeouts go into the constructor, later FFmpeg ignores them."""
+def open_rtsp(camera: RtspCamera) -> ChildSource:
+    """Make the source of an RTSP camera. Raises SourceError when its password cannot be read.
+
+    The timeouts go into FFmpeg's constructor, later it ignores them; `ChildSource` holds them besides.
+    """
+    try:
+        address = camera.address()
+    except ConfigError as error:
+        raise SourceError(str(error), reason="auth_failed", hint=error.hint) from None
     timeouts_s = (camera.connect_timeout_s, camera.read_timeout_s)
-    return StreamSource(camera.address(), shown=camera.url, timeouts_s=timeouts_s, options=dict(_OPTIONS))
+    settings = {"address": address, "shown": camera.url, "timeouts_s": timeouts_s, "options": _OPTIONS}
+    return ChildSource("rtsp", settings, shown=camera.url, timeouts_s=timeouts_s)

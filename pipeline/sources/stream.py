@@ -1,15 +1,16 @@
-"""H.264, H.265 and whatever else FFmpeg decodes, from an RTSP camera or a file, through PyAV.
+"""H.264, H.265 and whatever else FFmpeg decodes, from a camera's address or a file, through PyAV.
 
 One packet is read, decoded and converted at a time, on the caller's thread; nothing is buffered beyond what the codec
-needs. A camera that stamps its frames with the part's serial number in an unregistered SEI message (ITU-T H.264 D.1.7)
-gives the part id; see `PART_ID_UUID`. Used by `rtsp` and `files`.
+needs. A camera's stream is read in a process of its own (`capture`), a file's in the worker (`files`). A camera that
+stamps its frames with the part's serial number in an unregistered SEI message (ITU-T H.264 D.1.7) gives the part id;
+see `PART_ID_UUID`.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
@@ -52,11 +53,13 @@ _REASONS: tuple[tuple[type[Exception], str, str], ...] = (
 class StreamSource:
     """One video stream; see `Source` for the contract."""
 
-    def __init__(self, address: str, *, shown: str, timeouts_s: tuple[float, float], options: dict[str, str]) -> None:
+    def __init__(
+        self, address: str, *, shown: str, timeouts_s: tuple[float, float], options: Mapping[str, str]
+    ) -> None:
         self._address = address
         self._shown = shown
-        self._timeouts_s = timeouts_s
-        self._options = options
+        self._timeouts_s = (timeouts_s[0], timeouts_s[1])
+        self._options = dict(options)
         self._container: InputContainer | None = None
         self._decoder: VideoCodecContext | None = None
         self._packets: Iterator[Packet[VideoStream]] = iter(())
@@ -68,16 +71,26 @@ class StreamSource:
         self._converter = VideoReformatter()
 
     def __enter__(self) -> StreamSource:
+        began_s = time.monotonic()
         try:
             container = av.open(self._address, timeout=self._timeouts_s, options=self._options)
         except (av.error.FFmpegError, OSError) as error:
-            raise self._lost("cannot be opened", error) from None
+            is_late = time.monotonic() - began_s >= self._timeouts_s[0]
+            raise self._lost("cannot be opened", error, is_late=is_late) from None
         self._container = container
         self._damaged, self._empty = False, True
         if not container.streams.video:
             container.close()
             raise SourceError(f"{self._shown} has no video stream", reason="codec_unsupported", final=True)
         stream = container.streams.video[0]
+        if stream.codec_context is None:  # PyAV's word for a stream that no decoder of this FFmpeg reads
+            container.close()
+            raise SourceError(
+                f"{self._shown}: no decoder for this stream",
+                reason="codec_unsupported",
+                hint="set the camera to H.264",
+                final="://" not in self._address,
+            )
         self._decoder = stream.codec_context
         # Frame threads would hold frames back and cost memory for every camera; one core decodes 640 x 480 in 1 ms.
         self._decoder.thread_count = 1
@@ -108,14 +121,15 @@ class StreamSource:
         self._damaged = (self._damaged and not frame.key_frame) or frame.is_corrupt
         if self._damaged:
             raise FrameError(f"{self._shown}: a frame arrived damaged", part_id=part_id, part_id_source=origin)
-        rgb = self._converter.reformat(frame, format="rgb24").to_ndarray()
+        # One thread: to wake others for 0.3 ms of work costs more than it saves, and each takes memory.
+        rgb = self._converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
         return Picture(cast("Image", rgb), captured_at, captured_s, part_id, origin)
 
     def _next_packet(self) -> Packet[VideoStream] | None:
         try:
             return next(self._packets, None)
         except (av.error.FFmpegError, OSError) as error:
-            raise self._lost("stopped", error) from None
+            raise self._lost("stopped", error, is_late=False) from None
 
     def _decode(self, packet: Packet[VideoStream]) -> None:
         assert self._decoder is not None  # noqa: S101 (set by __enter__)
@@ -135,8 +149,10 @@ class StreamSource:
         if self._empty and "://" not in self._address:
             raise SourceError(f"{self._shown} holds no picture", reason="no_frames", final=True)
 
-    def _lost(self, what: str, error: Exception) -> SourceError:
+    def _lost(self, what: str, error: Exception, *, is_late: bool) -> SourceError:
         """Map a fault of the library; the message never holds the address with its credentials."""
+        if is_late and isinstance(error, av.error.InvalidDataError):  # FFmpeg's word for a reply that never came
+            error = av.error.TimeoutError(0, "")
         final = "://" not in self._address  # a file does not come back, and from its start it would repeat parts
         for kind, reason, hint in _REASONS:
             if isinstance(error, kind):

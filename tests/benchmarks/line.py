@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from datetime import datetime
+from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,11 @@ from serving import BenchmarkError, FusedGraph, endpoints, machine
 
 from pipeline.config import Kafka
 from pipeline.errors import LineError
+from pipeline.events import Encoder, Place
+from pipeline.parts import Parts
+from pipeline.stations import Station, StationView
 from pipeline.tail import VerdictReader
+from pipeline.types import Frame, Inference, Judgement, Scores, Trigger, Verdict, ViewVerdict
 
 ROOT = Path(__file__).parents[2]
 SIZE = (640, 480)
@@ -106,6 +110,41 @@ def run_line(path: Path, seconds: float, addresses: dict[str, str]) -> dict[str,
     }
 
 
+def fusion_ms(views: int = 4, parts: int = 2000) -> dict[str, float]:
+    """Time what a part of several views costs beyond its inference: found, fused and encoded, per part, in ms.
+
+    A trigger opens the part, each view's frame is matched to it and settled, and the events are made; the same part of
+    one frame, as without stations, is the measure beside it.
+    """
+    cameras = [f"c{number}" for number in range(views)]
+    station = Station(name="s", trigger="message", views=[StationView(camera=camera) for camera in cameras])
+    alone = Parts({}, {}, budget_s=10.0, run="r")
+    together = Parts({"s": station}, dict.fromkeys(cameras, "p"), budget_s=10.0, run="r")
+    encoder = Encoder(Place("site", "area", "line", "worker", 10_000.0), "binary")
+    at = datetime.now(UTC)
+    times: dict[str, list[float]] = {"one_view": [], f"{views}_views": []}
+    for number in range(parts):
+        for name, held, shown in (("one_view", alone, cameras[:1]), (f"{views}_views", together, cameras)):
+            began_s = time.thread_time()  # what it costs, not what others take
+            if held is together:
+                held.trigger(Trigger("s", f"part-{number}", "", "p", None, at, float(number), (0, number)))
+            verdicts = []
+            for camera in shown:
+                frame = Frame(camera, "s", "p", number, "", "generated", at, number + 0.1, number + 10.0, None)
+                for taken in held.arrive(frame, number + 0.1).frames:
+                    inference = Inference(taken, Scores(0.5, 0.5, 0.5))
+                    verdicts += held.settle(ViewVerdict(taken, inference, Verdict(Judgement.OK, ()), number + 0.2))
+                held.expire(number + 0.2, ())
+            for verdict in verdicts:
+                encoder.part(verdict, decided_at=at)
+            times[name].append((time.thread_time() - began_s) * 1e3)
+    return {
+        f"{name}_{what}": round(float(np.quantile(values, share)), 3)
+        for name, values in times.items()
+        for what, share in (("p50_ms", 0.5), ("p99_ms", 0.99))
+    }
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Alternate the limit and the line for some rounds; figures are medians over rounds."""
     addresses = endpoints(arguments.state_dir)
@@ -133,6 +172,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for key in rounds[0]
     }
     document["rounds"] = rounds
+    document["part_fusion"] = fusion_ms()
     if arguments.fused is not None:
         by_batch = {batch: statistics.median(rates) for batch, rates in limits.items()}
         best = max(by_batch, key=lambda batch: by_batch[batch])
@@ -174,6 +214,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(document, indent=2))
         return 0
     line, limit = document["line"], document.get("limit")
+    print("  fusion   " + "  ".join(f"{key} {value}" for key, value in document["part_fusion"].items()))
     print(f"{document['cameras']} cameras on {document['machine']['cores']} cores, {document['machine']['cpu']}")
     print("  line     " + "  ".join(f"{key} {value}" for key, value in line.items()))
     if limit is not None:

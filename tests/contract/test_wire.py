@@ -13,21 +13,27 @@ from cloudevents.core.bindings.kafka import KafkaMessage, from_kafka
 from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
 
-from pipeline.events import Encoder, Place, schemas
+from pipeline.events import Encoder, Place
 from pipeline.types import (
     CameraState,
     Cause,
     Frame,
     Inference,
     Judgement,
+    MissingView,
     Model,
+    Part,
     PartVerdict,
     Region,
     Scores,
+    Stray,
+    StrayReason,
     Threshold,
     ThresholdSource,
     Verdict,
+    ViewVerdict,
 )
+from pipeline.wire import schemas
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMAS = ROOT / "pipeline/schemas"
@@ -43,18 +49,32 @@ def frame_of(part_id="Gehäuse-7", cause=None):
     return Frame("c1", "s1", "tray", 3, part_id, "sei", AT, 10.0, 12.0, image, cause)
 
 
+def part_of(view, **fields):
+    frame, verdict = view.frame, view.verdict
+    part = Part(frame.station, frame.part_id, frame.part_id_source, frame.product, AT, 10.0, 12.0, frame.camera_id)
+    made = PartVerdict(part, 3, verdict.judgement, verdict.reasons, (view,), (), view.decided_s)
+    return replace(made, **fields)
+
+
 def judged(judgement, reasons, scores=None, source=ThresholdSource.REDIS):
     frame = frame_of()
     inference = Inference(frame, scores, None, Model("tray", "1", "ab" * 32), sent_s=10.02, received_s=10.14)
     threshold = Threshold(3.0, 2.0, 7, source, "ab" * 32)
     marks = (Region((0.1, 0.2, 0.3, 0.4), 5.0),)
-    return PartVerdict(frame, inference, Verdict(judgement, reasons, threshold), 3, 10.15, marks, "c1/x.NG.jpg")
+    return part_of(ViewVerdict(frame, inference, Verdict(judgement, reasons, threshold), 10.15, marks, "c1/x.NG.jpg"))
 
 
 def uninspected(cause):
     frame = frame_of(cause=cause)
     verdict = Verdict(Judgement.UNINSPECTED, (cause.value,))
-    return PartVerdict(frame, Inference(frame, cause=cause), verdict, 3, 12.5)
+    return part_of(ViewVerdict(frame, Inference(frame, cause=cause), verdict, 12.5))
+
+
+def triggered(views=()):
+    """Give a part of a trigger of which some views, at least one, are missing."""
+    missing = tuple(MissingView(f"c{n}", required=n == 7, cause=cause) for n, cause in enumerate(Cause))
+    part = Part("s1", "Gehäuse-7", "trigger", "tray", AT, 10.0, 12.0, meas_id="m-1", receipt=(0, 1))
+    return PartVerdict(part, 3, Judgement.UNINSPECTED, ("deadline",), tuple(views), missing, 12.0, frozenset({"c1"}))
 
 
 PARTS = {
@@ -64,6 +84,8 @@ PARTS = {
     "nan": judged(Judgement.UNINSPECTED, ("score_not_finite",), Scores(float("nan"), float("inf"), 1.0)),
     **{f"limits from {source.value}": judged(Judgement.OK, (), Scores(0, 0, 0), source) for source in ThresholdSource},
     **{cause.value: uninspected(cause) for cause in Cause},
+    "no view": triggered(),
+    "some views": triggered(judged(Judgement.OK, (), Scores(0.5, 1.0, 9.0)).views),
 }
 
 
@@ -73,6 +95,11 @@ def sent(mode):
     for name, part in PARTS.items():
         for event in encoder.part(part, decided_at=AT):
             yield f"{event.topic} {name}", "verdict.v1.json", event
+    for reason in StrayReason:
+        for part in (None, PARTS["ok"].part):
+            stray = Stray(frame_of(), reason, part, Scores(0.5, float("nan"), 9.0) if part else None)
+            name = f"audit.v1 {reason.value}{'' if part else ' of no known part'}"
+            yield name, "audit.v1.json", encoder.audit(stray, AT)
     for state in CameraState:
         yield f"status.v1 {state.value}", "status.v1.json", encoder.status("c1", state, "timeout", AT)
 
@@ -123,7 +150,8 @@ def test_an_event_is_strict_json(schema, event):
 def test_the_mes_can_tell_every_inspection_apart():
     """Source and id together name one inspection; a part's view has an id beside it, and both name the part."""
     encoder = Encoder(PLACE, "binary")
-    parts = [replace(PARTS["ok"], frame=frame_of(f"p-{number}")) for number in range(50)]
+    (view,) = PARTS["ok"].views
+    parts = [part_of(replace(view, frame=frame_of(f"p-{number}"))) for number in range(50)]
     headers = [dict(event.headers) for part in parts for event in encoder.part(part, decided_at=AT)]
     assert len({(header["ce_source"], header["ce_id"]) for header in headers}) == 100
     assert {header["ce_subject"] for header in headers} == {f"p-{number}".encode() for number in range(50)}
@@ -136,4 +164,6 @@ def test_the_schema_says_what_the_line_can_say(validators):
     states = validators["status.v1.json"].schema["properties"]["state"]["enum"]
     assert set(states) == {state.value for state in CameraState}
     named = [name for _, _, event in sent("binary") for name, _ in event.headers]
+    reasons = validators["audit.v1.json"].schema["properties"]["reason"]["enum"]
+    assert set(reasons) == {reason.value for reason in StrayReason}
     assert all(re.fullmatch(r"ce_[a-z0-9]{1,20}|content-type", name) for name in named)

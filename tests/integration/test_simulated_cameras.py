@@ -9,38 +9,21 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import cv2
 import numpy as np
 import pytest
+from simulated import SIMULATE, simulation
 
-SIMULATE = Path(__file__).parents[2] / "deploy/local/simulate.py"
 PART_ID = uuid.UUID("d4616770-2d24-58ba-ac16-6665a1d7737b")
 PICTURES = 23
-SIZE = (320, 240)
+SIZE = (320, 240)  # of the simulated cameras, unless they are told otherwise
 # Bytes that H.264 must escape, and a letter outside ASCII.
 ODD_TEXT = "é\0\0\1\0\0\0x"
 
 pytestmark = pytest.mark.camera
-
-
-@dataclass(frozen=True)
-class Cameras:
-    """A running simulation."""
-
-    process: subprocess.Popen[str]
-    addresses: dict[str, str]
-    report_path: Path
-
-    def sent(self, name: str) -> list[str]:
-        """The part ids that its report names, once it has ended."""
-        self.process.wait(timeout=10)
-        return json.loads(self.report_path.read_text())["cameras"][name]["sent"]
 
 
 @pytest.fixture(scope="module")
@@ -58,29 +41,6 @@ def playlists(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         playlists[camera] = folder / f"{camera}.json"
         playlists[camera].write_text(json.dumps(entries))
     return playlists
-
-
-@contextmanager
-def simulation(playlists: dict[str, Path], folder: Path, *options: str) -> Iterator[Cameras]:
-    """Start the cameras, wait until they listen, end them."""
-    report_path = folder / "report.json"
-    command = [
-        sys.executable,
-        str(SIMULATE),
-        "--size",
-        "x".join(map(str, SIZE)),
-        "--report",
-        str(report_path),
-        *options,
-    ]
-    for name, path in playlists.items():
-        command += ["--camera", f"{name}={path}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield Cameras(process, json.loads(process.stdout.readline())["cameras"], report_path)
-        finally:
-            process.terminate()
-            process.wait(timeout=10)
 
 
 def read(address: str, most: int | None = None) -> tuple[list[str], list[np.ndarray]]:

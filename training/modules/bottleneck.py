@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from training.modules.resnet import ResidualBlock, initialise
 
+# Keeps the deviation of a channel that does not move apart from nothing; far below any that does.
+EPSILON = 1e-6
+
 
 class Bottleneck(nn.Module):
     """f1, f2, f3 of widths (c1, c2, c3) at strides 4, 8, 16 to `embedding` (B, width, H/32, W/32) and `descriptor`."""
@@ -23,8 +26,8 @@ class Bottleneck(nn.Module):
         initialise(self)
 
     def forward(self, f1: Tensor, f2: Tensor, f3: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (embedding, descriptor); the descriptor has c2 + c3 values and no trained weight in its way."""
-        return self.embedding(f1, f2, f3), describe(f2, f3)
+        """Returns (embedding, descriptor); no trained weight stands in the descriptor's way, see `describe`."""
+        return self.embedding(f1, f2, f3), describe(f1, f2, f3)
 
     def embedding(self, f1: Tensor, f2: Tensor, f3: Tensor) -> Tensor:
         """The embedding alone, for a stage that describes the picture in another way."""
@@ -36,8 +39,13 @@ class Bottleneck(nn.Module):
 
 
 def describe(*levels: Tensor) -> Tensor:
-    """Global average of each channel of some levels, (B, sum of C): what a picture holds, wherever it lies."""
-    return torch.cat([level.mean(dim=(2, 3)) for level in levels], dim=1)
+    """Mean, then deviation, of each channel over all positions: (B, C, h, w) each to (B, twice the sum of C).
+
+    What a picture holds, wherever it lies: the mean says how much of it, the deviation in how many pieces and how sure.
+    """
+    means = [level.mean(dim=(2, 3), keepdim=True) for level in levels]
+    variances = [(level - mean).square().mean(dim=(2, 3)) for level, mean in zip(levels, means, strict=True)]
+    return torch.cat([mean.flatten(1) for mean in means] + [(v + EPSILON).sqrt() for v in variances], dim=1)
 
 
 def _halving(c_in: int, c_out: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:

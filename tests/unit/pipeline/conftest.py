@@ -28,11 +28,13 @@ from pipeline.types import (
     Inference,
     Judgement,
     Model,
+    Part,
     PartVerdict,
     Scores,
     Threshold,
     ThresholdSource,
     Verdict,
+    ViewVerdict,
 )
 
 # The gate gives the same answer twice: no random seed, no data base of earlier runs, no limit on a busy machine.
@@ -111,10 +113,10 @@ def make_frame() -> Callable[..., Frame]:
 
 
 @pytest.fixture(scope="session")
-def make_part(make_frame: Callable[..., Frame]) -> Callable[..., PartVerdict]:
-    """Give an NG part of 150 ms; keywords replace fields of the part, `frame_fields` those of its frame."""
+def make_view(make_frame: Callable[..., Frame]) -> Callable[..., ViewVerdict]:
+    """Give an NG view of 150 ms; keywords replace fields of the view, `frame_fields` those of its frame."""
 
-    def make(frame_fields: dict[str, Any] | None = None, **fields: Any) -> PartVerdict:
+    def make(frame_fields: dict[str, Any] | None = None, **fields: Any) -> ViewVerdict:
         frame = make_frame(**(frame_fields or {}))
         inference = Inference(
             frame,
@@ -125,8 +127,31 @@ def make_part(make_frame: Callable[..., Frame]) -> Callable[..., PartVerdict]:
         )
         threshold = Threshold(3.0, 2.0, 7, ThresholdSource.REDIS, SHA)
         verdict = Verdict(Judgement.NG, ("score_above_ng", "anomaly_map"), threshold)
-        part = PartVerdict(frame, inference, verdict, sequence=1, decided_s=frame.captured_s + 0.15)
-        return replace(part, **fields)
+        return replace(ViewVerdict(frame, inference, verdict, decided_s=frame.captured_s + 0.15), **fields)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_part(make_view: Callable[..., ViewVerdict]) -> Callable[..., PartVerdict]:
+    """Give the verdict of a part that is this one view (default: an NG view); keywords replace fields of the part."""
+
+    def make(view: ViewVerdict | None = None, **fields: Any) -> PartVerdict:
+        view = view or make_view()
+        frame = view.frame
+        part = Part(
+            frame.station,
+            frame.part_id,
+            frame.part_id_source,
+            frame.product,
+            frame.captured_at,
+            frame.captured_s,
+            frame.deadline_s,
+            camera_id=frame.camera_id,
+        )
+        verdict = view.verdict
+        made = PartVerdict(part, 1, verdict.judgement, verdict.reasons, (view,), (), view.decided_s)
+        return replace(made, **fields)
 
     return make
 

@@ -50,11 +50,11 @@ def test_thirty_cameras_come_and_go(line, make_camera):
     triggered = 0
     for round_number in (1, 2):
         for camera in cameras:
-            line.add_camera(camera)
+            line.cameras.add_camera(camera)
         await_frames(line, 2 * round_number)
         assert len(readers()) == 30
         triggered = line.snapshot().triggered
-        line.remove_cameras([camera.id for camera in cameras], "removed")
+        line.cameras.remove_cameras([camera.id for camera in cameras], "removed")
         assert readers() == []
         assert line.snapshot().cameras == ()
         assert line.snapshot().triggered == triggered
@@ -64,17 +64,17 @@ def test_thirty_cameras_come_and_go(line, make_camera):
 
 def test_a_camera_of_another_product_comes_again_under_its_name(line, make_camera):
     """What is changed is the product; the number of its frames goes on, so that no part gets an id twice."""
-    line.add_camera(make_camera(1))
+    line.cameras.add_camera(make_camera(1))
     await_frames(line, 2)
-    line.remove_cameras(["c1"], "changed")
-    line.add_camera(make_camera(1, product="cable-set"))
+    line.cameras.remove_cameras(["c1"], "changed")
+    line.cameras.add_camera(make_camera(1, product="cable-set"))
     await_frames(line, 4)
     (camera,) = line.snapshot().cameras
     assert (camera.product, camera.frames) == ("cable-set", 4)
-    line.remove_cameras(["c1"], "removed")
+    line.cameras.remove_cameras(["c1"], "removed")
 
 
 def test_a_line_of_a_pool_knows_every_product_and_is_never_finished(line):
     """Its cameras are still to come: all products of the repository are ready for them."""
-    assert sorted(line.products) == ["cable-set", "tray"]
+    assert sorted(line.cameras.products) == ["cable-set", "tray"]
     assert not line.finished

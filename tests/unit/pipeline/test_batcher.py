@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from pipeline.batcher import Batcher
 from pipeline.metrics import Metrics
-from pipeline.types import Frame
+from pipeline.types import Cause, Frame
 
 LONG_S = 60.0
 OLD_S = 100.0
@@ -225,7 +225,8 @@ def test_a_removed_camera_leaves_nothing_behind(make_batcher, make_frame):
         batcher.put(frame_of(make_frame, "a/1", number, age_s=OLD_S))
     batcher.remove_camera("a/1")
     late = frame_of(make_frame, "a/1", 3)
-    assert batcher.put(late) is late
+    returned = batcher.put(late)
+    assert (returned.number, returned.cause, returned.image) == (3, Cause.CAMERA_LOST, None)
     batcher.add_camera("a/1", product="a", capacity=4, overflow="drop_oldest")
     batcher.put(frame_of(make_frame, "a/1", 4))
     assert numbers(batcher.take(0.0)) == [("a/1", 1), ("a/1", 4), ("a/1", 2)]
@@ -242,3 +243,51 @@ def test_a_reader_that_waits_for_room_is_let_go_when_its_camera_is_removed(make_
     batcher.wait_for_room("a/1", 30.0)
     assert time.monotonic() - before < 15
     assert not batcher.wait_for_room("a/1", 0.0)
+
+
+def test_a_frame_of_another_product_goes_with_its_own(make_batcher, make_frame):
+    """Across a changeover a camera's frames of two products are two batches, and its bound holds for each."""
+    batcher = make_batcher("a/1", "b/1", max_size=2, capacity=2)
+    for number, product in ((1, "a"), (2, "b"), (3, "b"), (4, "c")):
+        assert batcher.put(make_frame(camera_id="a/1", product=product, number=number)) is None
+    assert batcher.put(make_frame(camera_id="a/1", product="b", number=5)).number == 2
+    batcher.close()
+    taken = {batch.product: numbers(batch) for batch in (batcher.take(0.0) for _ in range(3))}
+    assert taken == {"a": [("a/1", 1)], "b": [("a/1", 3), ("a/1", 5)], "c": [("a/1", 4)]}
+    assert batcher.take(0.0) is None
+
+
+def test_a_camera_waits_for_room_whatever_its_frames_are(make_batcher, make_frame):
+    """A full camera makes its reader wait, also when its frames are of several products."""
+    batcher = make_batcher("a/1", capacity=2, overflow="wait")
+    batcher.put(make_frame(camera_id="a/1", product="a", number=1))
+    assert batcher.wait_for_room("a/1", 0.0)
+    batcher.put(make_frame(camera_id="a/1", product="b", number=2))
+    assert not batcher.wait_for_room("a/1", 0.0)
+
+
+def test_drop_late_gives_up_only_what_can_no_longer_be_judged(make_batcher, make_frame):
+    """With `drop_late` a full queue holds the reader back until its oldest frame is late; that one gives way as
+    `deadline`, and is counted."""
+    batcher = make_batcher("a/1", capacity=2, max_size=8, overflow="drop_late")
+    now = time.monotonic()
+    for number, left_s in ((1, 0.15), (2, 50.0)):
+        batcher.put(make_frame(camera_id="a/1", product="a", number=number, captured_s=now, deadline_s=now + left_s))
+    assert not batcher.wait_for_room("a/1", 0.0)
+    assert batcher.wait_for_room("a/1", 60.0)
+    assert time.monotonic() - now >= 0.15
+    evicted = batcher.put(make_frame(camera_id="a/1", product="a", number=3))
+    assert (evicted.number, evicted.cause, evicted.image) == (1, Cause.DEADLINE, None)
+    assert not batcher.wait_for_room("a/1", 0.0)
+    batcher.service_s = 60.0  # the server has become slow: number 2 has not that much time left
+    assert batcher.wait_for_room("a/1", 0.0)
+    assert batcher._metrics.snapshot().cameras[0].dropped == {"deadline": 1}
+
+
+def test_a_frame_that_gives_way_says_why(make_batcher, make_frame):
+    """With `drop_oldest` the cause is `queue_full`, and the drop is counted for its camera."""
+    batcher = make_batcher("a/1", capacity=1)
+    batcher.put(frame_of(make_frame, "a/1", 1))
+    evicted = batcher.put(frame_of(make_frame, "a/1", 2))
+    assert (evicted.cause, evicted.image) == (Cause.QUEUE_FULL, None)
+    assert batcher._metrics.snapshot().cameras[0].dropped == {"queue_full": 1}

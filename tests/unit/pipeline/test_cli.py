@@ -105,6 +105,8 @@ def test_a_server_that_is_not_there_is_exit_4(logicrd, line_file, models_repo, c
     assert "hint:" in err
 
 
+@pytest.mark.usefixtures("failed_start")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_json_is_one_document_on_stdout(logicrd, line_file, models_repo):
     """With `--json` stdout is one JSON document."""
     assert models_repo.is_dir()
@@ -196,3 +198,36 @@ def test_cameras_apply_without_kafka_is_exit_4(logicrd, line_file, tmp_path):
     assert (code, out) == (4, "")
     assert "Kafka at 127.0.0.1:9" in err
     assert "hint:" in err
+
+
+@pytest.mark.usefixtures("failed_start")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_cameras_are_listed_without_kafka(logicrd, line_file):
+    """When Kafka does not answer the cameras are listed all the same, their state unknown, and stderr says why."""
+    code, out, err = logicrd("cameras", "list", "--json", "--config", line_file())
+    assert code == 0
+    assert [camera["state"] for camera in json.loads(out)] == ["unknown"]
+    assert "states are unknown: Kafka at 127.0.0.1:9" in err
+
+
+def test_cameras_are_listed_with_their_last_state(logicrd, line_file, monkeypatch):
+    """The last event of a camera of this line is its state; another line's camera of the same name is another one."""
+
+    def event(source, camera, state, reason, second):
+        data = {"cameraId": camera, "state": state, "reason": reason, "worker": "w1"}
+        return {"attributes": {"source": source, "time": f"2026-11-25T00:00:{second:02}.000Z"}, "data": data}
+
+    events = [
+        event("/site/area/l1", "c1", "lost", "auth_failed", 9),
+        event("/site/area/l1", "c1", "streaming", "", 3),
+        event("/site/area/l2", "c1", "ended", "", 20),
+        {"error": "not an event of this line"},
+    ]
+    topic = Topic()
+    topic.read_to_end = lambda: iter(events)
+    monkeypatch.setattr("pipeline.tail.VerdictReader", topic)
+    code, out, _ = logicrd("cameras", "list", "--json", "--config", line_file())
+    assert code == 0
+    (camera,) = json.loads(out)
+    assert (camera["state"], camera["reason"], camera["worker"]) == ("lost", "auth_failed", "w1")
+    assert camera["since"] == "2026-11-25T00:00:09.000Z"

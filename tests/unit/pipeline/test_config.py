@@ -1,5 +1,6 @@
 """The line file: what is refused, and in which words."""
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,14 @@ from pipeline import config
 from pipeline.errors import ConfigError
 
 CAMERA = {"id": "c1", "type": "folder", "product": "tray", "path": "pictures"}
+GENICAM = {"id": "c1", "type": "genicam", "product": "tray"}
+USB = {"id": "c1", "type": "usb", "product": "tray", "device": 0}
+
+
+def station_of(*views):
+    return {"name": "station-1", "views": list(views)}
+
+
 RTSP = {"id": "c1", "type": "rtsp", "product": "tray", "url": "rtsp://127.0.0.1:8554/c1"}
 
 
@@ -29,10 +38,30 @@ RTSP = {"id": "c1", "type": "rtsp", "product": "tray", "url": "rtsp://127.0.0.1:
         ({"cameras": [CAMERA | {"queue_frames": "many"}]}, ["cameras[0].queue_frames:", "integer"]),
         ({"cameras": [CAMERA | {"product": "Tray 1"}]}, ["cameras[0].product:"]),
         ({"cameras": [CAMERA | {"type": "rtps"}]}, ["cameras[0]:", "rtps", "rtsp", "video", "folder"]),
+        ({"cameras": [GENICAM | {"exposre_us": 5}]}, ["cameras[0].exposre_us: unknown key", "`exposure_us`"]),
+        ({"cameras": [GENICAM | {"trigger": "Software"}]}, ["cameras[0].trigger:", "software"]),
+        ({"cameras": [GENICAM | {"trigger": "software"}]}, ["cameras[0]", "needs `rate`"]),
+        ({"cameras": [GENICAM | {"packet_size": "big"}]}, ["cameras[0].packet_size"]),
+        ({"cameras": [USB | {"device": "video0"}]}, ["cameras[0].device:"]),
         ({"cameras": []}, ["cameras:"]),
         ({"cameras": [CAMERA, CAMERA]}, ["two cameras are called 'c1'"]),
         ({"evidence": True}, ["evidence:", "dictionary"]),
         ({"monitoring": {"host": "everywhere"}}, ["monitoring.host:", "everywhere"]),
+        ({"triton": {"address": "triton"}}, ["triton.address:", "'triton' is not `host:port`"]),
+        ({"triton": {"address": ["a:1", "dns:///triton:8001"]}}, ["triton.address:", "'dns:///triton:8001'"]),
+        ({"triton": {"address": "a:70000"}}, ["triton.address:", "'a:70000'"]),
+        ({"triton": {"address": []}}, ["triton.address:", "at least one"]),
+        ({"stations": [{"name": "station-1", "triger": "counter"}]}, ["stations[0].triger: unknown key", "`trigger`"]),
+        ({"stations": [station_of({"camera": "c1", "need": True})]}, ["stations[0].views[0].need: unknown key"]),
+        ({"stations": [{"name": "station-1", "trigger": "plc"}]}, ["stations[0].trigger:", "counter"]),
+        ({"stations": [{"name": "nowhere"}]}, ["nowhere: no camera has this station"]),
+        ({"stations": [station_of({"camera": "c9"})]}, ["no camera 'c9' has this station"]),
+        ({"stations": [station_of({"camera": "c1"}, {"camera": "c1"})]}, ["listed twice"]),
+        ({"stations": [station_of(), station_of()]}, ["two stations have the same name"]),
+        (
+            {"cameras": [CAMERA, CAMERA | {"id": "c2"}], "stations": [station_of({"camera": "c1"})]},
+            ["camera 'c2' is not in `views`"],
+        ),
     ],
 )
 def test_a_wrong_entry_is_refused_with_its_place(line_file, keys, words):
@@ -105,6 +134,21 @@ def test_the_environment_stands_above_the_file(line_file, monkeypatch):
     assert settings.kafka.startup_timeout_s == 0.01
 
 
+@pytest.mark.parametrize(
+    ("value", "addresses"),
+    [
+        ("triton:8001", ["triton:8001"]),
+        ("[::1]:8001", ["[::1]:8001"]),
+        (["a:1", "b:1", "a:1"], ["a:1", "b:1"]),
+    ],
+)
+def test_triton_has_one_address_or_a_list(line_file, monkeypatch, value, addresses):
+    """A word is one address and a list is several, each once; in the environment as in the file."""
+    assert config.load(line_file(triton={"address": value})).triton.addresses == addresses
+    monkeypatch.setenv("LOGICRD_TRITON__ADDRESS", value if isinstance(value, str) else json.dumps(value))
+    assert config.load(line_file()).triton.addresses == addresses
+
+
 @pytest.mark.parametrize("value", ["broker:9092", "{", ""])
 def test_an_unreadable_variable_is_a_fault_of_configuration(line_file, monkeypatch, value):
     """A variable whose value cannot be read is a ConfigError that names it, not a fault of ours."""
@@ -143,3 +187,33 @@ def test_files_wait_and_live_cameras_drop(line_file):
     settings = config.load(line_file(cameras=[CAMERA, RTSP | {"id": "c2"}, CAMERA | {"id": "c3", "type": "video"}]))
     assert [camera.overflow for camera in settings.cameras] == ["wait", "drop_oldest", "wait"]
     assert settings.products == ["tray"]
+
+
+def test_a_triggered_station_without_views_has_all_of_its_cameras(line_file):
+    """Each of them required; in free run nothing is added, for there each frame is a part."""
+    cameras = [CAMERA, CAMERA | {"id": "c2"}, CAMERA | {"id": "c3", "station": "other"}]
+    for trigger, expected in [("message", ["c1", "c2"]), ("counter", ["c1", "c2"]), ("free_run", [])]:
+        loaded = config.load(line_file(cameras=cameras, stations=[{"name": "station-1", "trigger": trigger}]))
+        views = loaded.station_plans["station-1"].views
+        assert [(view.camera, view.required) for view in views] == [(camera, True) for camera in expected]
+
+
+def test_every_product_that_a_part_may_have_is_known_before_the_start(line_file):
+    """Those of the cameras, of views with a product of their own, and the recipes of triggers, each once."""
+    station = {"name": "station-1", "trigger": "message", "recipes": ["lid", "tray"]}
+    station["views"] = [{"camera": "c1"}, {"camera": "c2", "product": "cap"}]
+    loaded = config.load(line_file(cameras=[CAMERA, CAMERA | {"id": "c2"}], stations=[station]))
+    assert loaded.products == ["tray", "cap", "lid"]
+
+
+def test_a_triggered_camera_never_drops_unless_told_to(line_file):
+    """A free running camera gives up its oldest frame, a triggered one none; what the file says holds."""
+    blocks = [
+        GENICAM,
+        GENICAM | {"id": "c2", "trigger": "Line0"},
+        GENICAM | {"id": "c3", "trigger": "Line1", "overflow": "drop_late"},
+        USB | {"id": "c4"},
+    ]
+    cameras = config.load(line_file(cameras=blocks)).cameras
+    assert [camera.overflow for camera in cameras] == ["drop_oldest", "wait", "drop_late", "drop_oldest"]
+    assert cameras[3].device == "/dev/video0"

@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.events import Encoder, Place, decode, inspection_id
-from pipeline.types import CameraState, Inference, Judgement, Region, Scores, Verdict
+from pipeline.types import (
+    CameraState,
+    Cause,
+    Inference,
+    Judgement,
+    MissingView,
+    Region,
+    Scores,
+    Stray,
+    StrayReason,
+    Verdict,
+)
 
 PLACE = Place("site", "area", "l1", worker="w1", budget_ms=2000.0)
 AT = datetime(2026, 11, 23, 12, 0, 1, 500_000, tzinfo=UTC)
@@ -44,9 +55,10 @@ def test_a_part_gives_a_view_and_a_verdict(make_part, mode):
     } | ({"datacontenttype": "application/json"} if mode == "structured" else {})
 
 
-def test_the_data_say_what_was_decided_and_why(make_part):
+def test_the_data_say_what_was_decided_and_why(make_part, make_view):
     """Verdict, reasons, scores, limits, model and times of the part are in the event, under the wire's names."""
-    part = make_part(regions=(Region((0.1, 0.2, 0.3, 0.4), 5.0),), image_ref="c1/part-1.NG.jpg", sequence=42)
+    view = make_view(regions=(Region((0.1, 0.2, 0.3, 0.4), 5.0),), image_ref="c1/part-1.NG.jpg")
+    part = make_part(view, sequence=42)
     data = read_back(Encoder(PLACE, "binary").part(part, decided_at=AT)[1])["data"]
     assert (data["verdict"], data["reasonCodes"], data["sequence"]) == ("NG", ["score_above_ng", "anomaly_map"], 42)
     assert data["threshold"] == {"ng": 3.0, "review": 2.0, "version": 7, "source": "redis"}
@@ -59,22 +71,69 @@ def test_the_data_say_what_was_decided_and_why(make_part):
     assert data["timing"] == timing
 
 
-def test_an_uninspected_part_has_an_event_like_any_other(make_part, make_frame):
+def test_an_uninspected_part_has_an_event_like_any_other(make_part, make_view, make_frame):
     """A part without scores, model or limits is told with nulls, and late when its budget is over."""
     frame = make_frame(image=None)
-    bare = replace(
-        make_part(),
+    view = make_view(
         frame=frame,
         inference=Inference(frame),
         verdict=Verdict(Judgement.UNINSPECTED, ("deadline",)),
         decided_s=frame.captured_s + 2.001,
     )
-    data = read_back(Encoder(PLACE, "binary").part(bare, decided_at=AT)[1])["data"]
+    data = read_back(Encoder(PLACE, "binary").part(make_part(view), decided_at=AT)[1])["data"]
     assert (data["verdict"], data["reasonCodes"]) == ("UNINSPECTED", ["deadline"])
     assert data["threshold"] is None
     assert data["model"] is None
     assert data["views"][0]["scores"] is None
     assert (data["timing"]["queuedMs"], data["timing"]["inferredMs"], data["timing"]["late"]) == (None, None, True)
+
+
+def test_a_part_of_two_views_tells_each_and_the_missing_one(make_part, make_view):
+    """One event a view with that view's own verdict, one for the part with both views and the name of the third."""
+    one = make_view({"captured_s": 100.0})
+    two = make_view({"camera_id": "c2", "captured_s": 100.5, "product": "lid"}, verdict=Verdict(Judgement.OK, ()))
+    missing = (MissingView("c3", required=True, cause=Cause.CAMERA_LOST),)
+    part = make_part(one, views=(one, two), missing=missing, optional=frozenset({"c2"}), decided_s=100.7)
+    part = replace(part, part=replace(part.part, camera_id=None, meas_id="m1", part_id_source="trigger"))
+    first, second, whole = Encoder(PLACE, "binary").part(part, decided_at=AT)
+    identity = inspection_id("/site/area/l1", "s1", "part-1", meas_id="m1")
+    ids = [read_back(event)["attributes"]["id"] for event in (first, second, whole)]
+    assert ids == [f"{identity}/c1", f"{identity}/c2", identity]
+    assert [event.is_part for event in (first, second, whole)] == [False, False, True]
+    own, data = read_back(second)["data"], read_back(whole)["data"]
+    assert (own["verdict"], own["productId"], len(own["views"]), own["missingViews"]) == ("OK", "lid", 1, [])
+    assert own["timing"]["decidedMs"] == 150.0
+    assert [(view["cameraId"], view["verdict"], view["required"]) for view in data["views"]] == [
+        ("c1", "NG", True),
+        ("c2", "OK", False),
+    ]
+    assert data["missingViews"] == [{"cameraId": "c3", "required": True, "cause": "camera_lost"}]
+    assert (data["verdict"], data["productId"], data["measId"]) == ("NG", "tray", "m1")
+    assert data["triggeredAt"] is not None
+    assert (data["timing"]["queuedMs"], data["timing"]["decidedMs"]) == (520.0, 700.0)
+
+
+def test_a_late_frame_names_the_verdict_that_stands(make_part, make_frame):
+    """An audit event has the station's key, says that it is late, and carries the id of the part's inspection."""
+    part = replace(make_part().part, camera_id=None)
+    event = Encoder(PLACE, "binary").audit(Stray(make_frame(number=9), StrayReason.LATE_FRAME, part), AT)
+    assert (event.topic, event.key, event.is_part) == ("audit.v1", b"l1/s1", False)
+    data = read_back(event)["data"]
+    assert (data["late"], data["reason"], data["frameId"]) == (True, "late_frame", 9)
+    assert (data["partId"], data["inspectionId"]) == ("part-1", inspection_id("/site/area/l1", "s1", "part-1"))
+    unknown = read_back(Encoder(PLACE, "binary").audit(Stray(make_frame(), StrayReason.NO_TRIGGER), AT))["data"]
+    assert (unknown["late"], unknown["inspectionId"]) == (False, None)
+
+
+def test_a_dead_letter_is_the_record_as_it_came():
+    """Value, key and headers stay; what was wrong and where it lay is beside them; a huge value is cut and says so."""
+    encoder = Encoder(PLACE, "binary")
+    event = encoder.dead_letter("t/0/7", None, b"{", [("h", b"1")], "not JSON")
+    assert (event.topic, event.key, event.value, event.is_part) == ("dlq.v1", b"", b"{", False)
+    told = {"h": b"1", "logicrd_error": b"not JSON", "logicrd_record": b"t/0/7", "logicrd_worker": b"w1"}
+    assert dict(event.headers) == told
+    huge = encoder.dead_letter("t/0/8", b"k", b"x" * 100_000, [], "too long")
+    assert (len(huge.value), dict(huge.headers)["logicrd_cut_from"]) == (65536, b"100000")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -89,11 +148,13 @@ def test_a_camera_tells_its_state(mode):
 def test_an_inspection_has_the_same_id_whenever_it_is_computed():
     """The id depends on where and what was inspected, and on nothing else."""
     first = inspection_id("/a", "s1", "p-1", "c1")
-    assert first == inspection_id("/a", "s1", "p-1", "c1")
+    assert first == inspection_id("/a", "s1", "p-1", "c1") == "285c01b7-0949-5dea-bbf2-0cf6e2f1c1d4"
     others = {inspection_id("/b", "s1", "p-1", "c1"), inspection_id("/a", "s2", "p-1", "c1")}
     others |= {inspection_id("/a", "s1", "p-2", "c1"), inspection_id("/a", "s1", "p-1", "c2")}
+    others |= {inspection_id("/a", "s1", "p-1"), inspection_id("/a", "s1", "p-1", meas_id="m1")}
+    others |= {inspection_id("/a", "s1", "p-1", meas_id="m2")}
     assert first not in others
-    assert len(others) == 4
+    assert len(others) == 7
 
 
 @settings(max_examples=150)
@@ -105,12 +166,13 @@ def test_an_inspection_has_the_same_id_whenever_it_is_computed():
     peak=st.floats(allow_nan=False, allow_infinity=False, width=32),
     sequence=st.integers(1, 2**53),
 )
-def test_every_event_reads_back(make_part, mode, part_id, scores, judgement, peak, sequence):
+def test_every_event_reads_back(make_part, make_view, mode, part_id, scores, judgement, peak, sequence):
     """Whatever the scores and the part's name: the value is strict JSON without NaN, and reads back as it was."""
-    part = make_part({"part_id": part_id}, sequence=sequence, regions=(Region((0.0, 0.0, 1.0, 1.0), peak),))
-    part = replace(
-        part, inference=replace(part.inference, scores=scores), verdict=replace(part.verdict, judgement=judgement)
+    view = make_view({"part_id": part_id}, regions=(Region((0.0, 0.0, 1.0, 1.0), peak),))
+    view = replace(
+        view, inference=replace(view.inference, scores=scores), verdict=replace(view.verdict, judgement=judgement)
     )
+    part = make_part(view, sequence=sequence)
     for event in Encoder(PLACE, mode).part(part, decided_at=AT):
         json.loads(event.value, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
         document = read_back(event)

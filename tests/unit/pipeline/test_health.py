@@ -55,7 +55,7 @@ def test_the_page_tells_what_is_wrong():
         assert (status, json.loads(body)) == (503, {"missing": ["triton"]})
         status, body = get(page, "/metrics")
         assert status == 200
-        assert b"inspection_late_results" in body
+        assert b"inspection_verdict_latency_seconds" in body
         assert get(page, "/secrets")[0] == 404
 
 

@@ -2,13 +2,17 @@
 
 import queue
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from pipeline.balance import Fault
 from pipeline.config import Triton as TritonSettings
 from pipeline.errors import DependencyError
+from pipeline.health import Health
 from pipeline.inference import OUTPUTS, InferenceClient, signature_faults
+from pipeline.metrics import Metrics
 from pipeline.types import Batch, Cause
 
 
@@ -68,10 +72,14 @@ def test_a_model_without_tensors_is_all_faults(make_manifest, document):
 
 
 class Answer:
-    """An answer of Triton with these tensors."""
+    """An answer of Triton with these tensors, by this version of the ensemble."""
 
-    def __init__(self, **tensors):
+    def __init__(self, version="1", **tensors):
         self._tensors = tensors
+        self._version = version
+
+    def get_response(self):
+        return SimpleNamespace(model_version=self._version)
 
     def as_numpy(self, name):
         return self._tensors.get(name)
@@ -87,7 +95,8 @@ def answer(count, **changes):
 @pytest.fixture
 def client(make_manifest):
     """A client of a server that refuses every connection."""
-    client = InferenceClient(TritonSettings(address="127.0.0.1:9", startup_timeout_s=0.01), {"tray": make_manifest()})
+    settings = TritonSettings(address="127.0.0.1:9", startup_timeout_s=0.01)
+    client = InferenceClient(settings, {"tray": make_manifest()}, metrics=Metrics(), health=Health())
     yield client
     client.close()
 
@@ -99,7 +108,8 @@ def batch_of(make_frame, count, **fields):
 def test_each_frame_gets_its_own_row(client, make_frame):
     """Row i of every tensor belongs to frame i, and the answer names the model."""
     batch = batch_of(make_frame, 3)
-    inferences = client._read(batch, answer(3), sent_s=1.0)
+    inferences, fault, _ = client._read(batch, answer(3), None, sent_s=1.0)
+    assert fault is None
     assert [inference.frame for inference in inferences] == list(batch.frames)
     third = inferences[2].scores
     assert (third.fused, third.map, third.mahalanobis) == (2.0, 12.0, 22.0)
@@ -116,17 +126,22 @@ def test_each_frame_gets_its_own_row(client, make_frame):
         {"mahalanobis": np.zeros((3, 2), np.float32)},
         {"anomaly_map": np.zeros((3, 32, 32), np.float32)},
         {"anomaly_map": np.zeros((3, 1, 64, 64), np.float32)},
+        {"version": "2"},
     ],
 )
-def test_an_answer_of_another_shape_is_a_mismatch(client, make_frame, changes):
-    """Tensors that are missing or of another shape give every frame `model_mismatch` and no score."""
-    inferences = client._read(batch_of(make_frame, 3), answer(3, **changes), sent_s=1.0)
+def test_an_answer_of_another_model_is_a_mismatch(client, make_frame, changes):
+    """Tensors that are missing or of another shape, and another version, give every frame `model_mismatch` and no
+    score; the replica is under suspicion."""
+    inferences, fault, words = client._read(batch_of(make_frame, 3), answer(3, **changes), None, sent_s=1.0)
+    assert fault is Fault.SICK
+    assert words
     assert [(inference.cause, inference.scores) for inference in inferences] == [(Cause.MODEL_MISMATCH, None)] * 3
 
 
 def test_a_score_that_is_not_finite_is_passed_on(client, make_frame):
     """The client judges nothing: NaN from Triton arrives as NaN, for the verdict to refuse."""
-    (inference,) = client._read(batch_of(make_frame, 1), answer(1, score=np.full((1, 1), np.nan, np.float32)), 1.0)
+    nan = np.full((1, 1), np.nan, np.float32)
+    (inference,), _, _ = client._read(batch_of(make_frame, 1), answer(1, score=nan), None, 1.0)
     assert inference.cause is None
     assert np.isnan(inference.scores.fused)
 

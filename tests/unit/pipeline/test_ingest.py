@@ -3,16 +3,18 @@
 import threading
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.cameras import FolderCamera, RtspCamera
+from pipeline.cameras import FolderCamera, GenicamCamera, RtspCamera
+from pipeline.errors import FrameError, SourceError
 from pipeline.health import Health
 from pipeline.ingest import CameraReader, Handover, to_model_size
 from pipeline.metrics import Metrics
-from pipeline.types import CameraState, Cause
+from pipeline.types import IDLE, CameraState, Cause, Picture
 
 
 @dataclass
@@ -182,3 +184,50 @@ def test_the_resize_averages_areas():
     assert small.shape == (4, 2, 3)
     assert small.dtype == np.uint8
     assert np.all(small == 100)
+
+
+class Scripted:
+    """A source that gives these, one a read; an exception is raised."""
+
+    def __init__(self, *items):
+        self._items = list(items)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def read(self):
+        item = self._items.pop(0)
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+def test_a_gap_in_the_camera_s_count_is_counted(line, monkeypatch):
+    """Frames 3, 4 and 7 never came: three are `missed`; the damaged frame 5 came, and a new opening starts anew."""
+
+    def picture(count):
+        return Picture(np.zeros((8, 8, 3), np.uint8), datetime.now(UTC), time.monotonic(), trigger_count=count)
+
+    damaged = FrameError("cut", trigger_count=5)
+    lost = SourceError("away", reason="timeout")
+    sources = [Scripted(picture(1), picture(2), damaged, picture(6), IDLE, picture(8), lost)]
+    sources.append(Scripted(picture(1), SourceError("gone", reason="setting_refused", final=True)))
+    monkeypatch.setattr("pipeline.ingest.open_source", lambda _: sources.pop(0))
+    camera = GenicamCamera(id="c1", type="genicam", product="tray", trigger="Line0")
+    run_to_end(line.reader(camera))
+    assert line.metrics.snapshot().cameras[0].dropped == {"missed": 3}
+    assert [frame.cause for frame in line.frames] == [None, None, Cause.FRAME_CORRUPT, None, None, None]
+
+
+def test_another_reason_is_another_state(line, monkeypatch):
+    """A camera that was unreachable and then refuses the password says both, each once."""
+    faults = ["unreachable", "unreachable", "auth_failed", "auth_failed"]
+    sources = [Scripted(SourceError("x", reason=reason)) for reason in faults]
+    sources.append(Scripted(SourceError("x", reason="too_large", final=True)))
+    monkeypatch.setattr("pipeline.ingest.open_source", lambda _: sources.pop(0))
+    camera = RtspCamera(id="c1", type="rtsp", product="tray", url="rtsp://127.0.0.1:9/c1", retry_max_s=0.01)
+    run_to_end(line.reader(camera))
+    assert [reason for _, _, reason in line.states] == ["unreachable", "auth_failed", "too_large"]

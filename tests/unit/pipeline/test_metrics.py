@@ -1,10 +1,12 @@
 """Every number the line counts: the same in Prometheus, the table and the summary."""
 
+from dataclasses import replace
+
 import pytest
 from prometheus_client import generate_latest
 
 from pipeline.metrics import Metrics
-from pipeline.types import CameraState, Cause, Judgement
+from pipeline.types import CameraState, Judgement, StrayReason
 
 
 @pytest.fixture
@@ -15,15 +17,17 @@ def metrics():
     return metrics
 
 
-def test_parts_are_conserved(metrics):
+def test_parts_are_conserved(metrics, make_part):
     """Parts triggered = OK + NG + REVIEW + UNINSPECTED, in the snapshot and at the station in Prometheus."""
+    metrics.triggered("s1", 4)
     for judgement in Judgement:
-        metrics.frame("c1")
-        cause = Cause.DEADLINE if judgement is Judgement.UNINSPECTED else None
-        metrics.verdict("c1", judgement, cause, 0.1)
+        reasons = ("deadline",) if judgement is Judgement.UNINSPECTED else ()
+        metrics.verdict(make_part(judgement=judgement, reasons=reasons))
     snapshot = metrics.snapshot()
-    assert snapshot.triggered == snapshot.judged == sum(snapshot.cameras[0].judgements.values()) == 4
-    assert snapshot.cameras[0].causes == {"deadline": 1}
+    (station,) = snapshot.stations
+    assert snapshot.triggered == snapshot.judged == station.triggered == sum(station.judgements.values()) == 4
+    assert station.causes == {"deadline": 1}
+    assert metrics.registry.get_sample_value("inspection_parts_triggered_total", {"station": "s1"}) == 4
     samples = [s for m in metrics.registry.collect() for s in m.samples if s.name == "inspection_parts_total"]
     assert {s.labels["verdict"]: s.value for s in samples} == {judgement.value: 1.0 for judgement in Judgement}
 
@@ -40,14 +44,17 @@ def test_an_event_that_did_not_arrive_is_counted_as_what_it_was(metrics):
     assert value("inspection_events_total", {"fate": "undelivered"}) == 3
 
 
-def test_quantiles_are_of_what_was_seen(metrics):
-    """Latencies are in milliseconds from capture to verdict; None before the first."""
+def test_quantiles_are_of_what_was_seen(metrics, make_part):
+    """Latencies are in milliseconds, of parts from their opening and of views from capture; None before the first."""
     assert metrics.snapshot().p99_ms is None
     for value in range(1, 101):
-        metrics.verdict("c1", Judgement.OK, None, value / 1000)
+        metrics.view("c1", Judgement.OK, None, value / 1000)
+        part = make_part()
+        metrics.verdict(replace(part, decided_s=part.part.opened_s + value / 500))
     snapshot = metrics.snapshot()
-    assert snapshot.p50_ms == pytest.approx(50.5, abs=0.1)
-    assert snapshot.p99_ms == pytest.approx(99.0, abs=0.1)
+    assert (snapshot.p50_ms, snapshot.p99_ms) == pytest.approx((101.0, 198.0), abs=0.1)
+    assert snapshot.cameras[0].p50_ms == pytest.approx(50.5, abs=0.1)
+    assert snapshot.cameras[0].p99_ms == pytest.approx(99.0, abs=0.1)
     assert snapshot.cameras[1].p50_ms is None
 
 
@@ -62,7 +69,7 @@ def test_a_camera_is_up_while_it_streams(metrics):
     assert (camera.state, camera.reason) == (CameraState.LOST, "timeout")
 
 
-def test_a_camera_that_is_gone_stays_in_the_sums(metrics):
+def test_a_camera_that_is_gone_stays_in_the_sums(metrics, make_part):
     """It is shown no longer, its last parts are still counted, and it goes on counting when it comes again."""
     metrics.camera_state("c1", CameraState.STREAMING)
     for _ in range(2):
@@ -70,7 +77,9 @@ def test_a_camera_that_is_gone_stays_in_the_sums(metrics):
     metrics.retire("c1")
     metrics.queued("c1", 0)
     metrics.camera_state("c1", CameraState.LOST, "timeout")
-    metrics.verdict("c1", Judgement.OK, None, 0.1)
+    metrics.triggered("s1", 2)
+    metrics.view("c1", Judgement.OK, None, 0.1)
+    metrics.verdict(make_part())
     snapshot = metrics.snapshot()
     assert [camera.camera_id for camera in snapshot.cameras] == ["c2"]
     assert (snapshot.triggered, snapshot.judged) == (2, 1)
@@ -92,9 +101,13 @@ def test_refusals_are_counted_by_reason(metrics):
     assert value("inspection_cameras_refused", {"reason": "invalid"}) is None
 
 
-def test_no_part_becomes_a_label(metrics):
+def test_no_part_becomes_a_label(metrics, make_part):
     """Labels are cameras, stations, stages, verdicts, causes and fates: their number does not grow with parts."""
-    metrics.verdict("c1", Judgement.NG, None, 0.1)
+    metrics.view("c1", Judgement.NG, None, 0.1)
+    metrics.verdict(make_part())
+    metrics.stray("s1", StrayReason.LATE_FRAME)
+    metrics.trigger("duplicate")
+    metrics.counter_reset("c1")
     metrics.stage("ingest", 0.01)
     names = {name for m in metrics.registry.collect() for s in m.samples for name in s.labels}
     assert names <= {"camera", "station", "stage", "verdict", "cause", "fate", "le"}

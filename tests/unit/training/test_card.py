@@ -31,6 +31,7 @@ class About(BaseModel):
     data_sha256: str = "d" * 64
     git_revision: str = "e" * 40
     calibration: Calibration
+    region: None = None
 
 
 def noise_scores(images: np.ndarray) -> Scores:

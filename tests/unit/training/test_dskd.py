@@ -27,7 +27,7 @@ def test_shapes_and_wiring(network, normals):
     for index, level in enumerate(LEVELS, start=1):
         assert known[f"d{index}"].shape == known[f"e{index}"].shape == known[level].shape
     assert known["embedding"].shape == known["context"].shape == (2, 8, 2, 2)
-    assert known["descriptor"].shape == (2, 384)
+    assert known["descriptor"].shape == (2, 896)
     assert known["anomaly_map"].shape == (2, 16, 16)
     assert known["map_score"].shape == (2, 1)
 

@@ -35,7 +35,7 @@ def red_scores(images: np.ndarray) -> Scores:
 @pytest.fixture
 def red():
     """All of a detector that an evaluation asks for."""
-    about = SimpleNamespace(product="red-part", method="red", image_size=64, data_sha256="0" * 64)
+    about = SimpleNamespace(product="red-part", method="red", image_size=64, data_sha256="0" * 64, region=None)
     return SimpleNamespace(score=red_scores, description=about)
 
 

@@ -63,7 +63,7 @@ def test_without_the_cache_the_teacher_is_asked(files, teacher, tmp_path):
 def test_cache_is_found_again(cache, files, teacher, monkeypatch):
     """No picture is decoded and no feature computed a second time."""
     before = keys(cache)
-    monkeypatch.setattr(module, "read_image", lambda path: pytest.fail(f"{path} read again"))
+    monkeypatch.setattr(module, "read_region_of", lambda path, _: pytest.fail(f"{path} read again"))
     monkeypatch.setattr(Teacher, "forward", lambda *_: pytest.fail("features computed again"))
     normals = open_normals(files, 64, teacher, cache, cache_features=True)
     assert normals.take(np.array([4]))[0].shape == (1, 64, 16, 16)
@@ -96,18 +96,18 @@ def test_another_teacher_size_or_picture_is_another_cache(cache, files, teacher,
 
 def test_half_a_fill_is_not_taken_for_complete(files, teacher, tmp_path, monkeypatch):
     """A run that dies while filling leaves nothing behind that a later run would use."""
-    read = module.read_image
+    read = module.read_region_of
 
-    def dies(path):
+    def dies(path, region):
         if path == files[3]:
             raise KeyboardInterrupt
-        return read(path)
+        return read(path, region)
 
-    monkeypatch.setattr(module, "read_image", dies)
+    monkeypatch.setattr(module, "read_region_of", dies)
     with pytest.raises(KeyboardInterrupt):
         open_normals(files, 64, teacher, tmp_path, cache_features=True)
     assert keys(tmp_path) == set()
-    monkeypatch.setattr(module, "read_image", read)
+    monkeypatch.setattr(module, "read_region_of", read)
     assert len(open_normals(files, 64, teacher, tmp_path, cache_features=True)) == 5
 
 

@@ -25,7 +25,7 @@ def test_shapes_from_end_to_end(width):
     f = levels(2, side=64)
     embedding, descriptor = Bottleneck(CHANNELS, width)(*f)
     assert embedding.shape == (2, width, 8, 8)
-    assert descriptor.shape == (2, 384)
+    assert descriptor.shape == (2, 896)
     assert [d.shape for d in Decoder(CHANNELS, width)(embedding)] == [t.shape for t in f]
 
 

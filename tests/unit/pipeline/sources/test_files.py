@@ -45,12 +45,12 @@ def test_grey_and_palette_become_rgb(tmp_path, mode):
     assert (image.shape, image.dtype) == (PIXELS.shape, np.uint8)
 
 
-def test_a_sideways_photograph_is_upright(tmp_path):
-    """The orientation that a camera noted is applied."""
+def test_a_noted_orientation_is_not_applied(tmp_path):
+    """Pixels come as they are stored, as the training room reads them (tests/contract/test_region.py)."""
     exif = Image.Exif()
     exif[0x0112] = 6  # rotated by 90 degrees
     saved(tmp_path / "p.jpg", exif=exif)
-    assert read_picture(tmp_path / "p.jpg").shape == (64, 48, 3)
+    assert read_picture(tmp_path / "p.jpg").shape == (48, 64, 3)
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "bmp", "webp", "tif"])

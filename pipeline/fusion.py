@@ -1,0 +1,85 @@
+"""One part of several views: what is awaited, judged or missing, and the verdict that its views make. Pure.
+
+The only place where views become a part's verdict. Called by `parts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+
+from pipeline.stations import StationView
+from pipeline.types import Cause, Frame, Judgement, MissingView, Part, PartVerdict, ViewVerdict
+
+
+@dataclass(slots=True)
+class OpenPart:
+    """A part under way: each of its views is awaited, under inference (`frames`), judged, or missing.
+
+    `number` is that of the trigger counter, `recipe` the product that its trigger names.
+    """
+
+    part: Part
+    sequence: int
+    views: tuple[StationView, ...]
+    awaited: set[str]
+    number: int | None = None
+    recipe: str | None = None
+    frames: dict[str, Frame] = field(default_factory=dict)
+    judged: dict[str, ViewVerdict] = field(default_factory=dict)
+    missing: dict[str, Cause] = field(default_factory=dict)
+    verdict: PartVerdict | None = None
+
+    def give_up(self, camera_id: str, cause: Cause) -> None:
+        """Note that an awaited view will not come."""
+        self.awaited.discard(camera_id)
+        self.missing[camera_id] = cause
+
+    def decide(self, now_s: float) -> bool:
+        """Make the verdict once every view is settled; says whether it did."""
+        if self.verdict is not None or self.awaited or self.frames:
+            return False
+        views = [self.judged[view.camera] for view in self.views if view.camera in self.judged]
+        missing = [
+            MissingView(view.camera, view.required, self.missing[view.camera])
+            for view in self.views
+            if view.camera in self.missing
+        ]
+        optional = frozenset(view.camera for view in self.views if not view.required)
+        judgement, reasons = fuse(views, missing, optional)
+        self.verdict = PartVerdict(
+            self.part, self.sequence, judgement, reasons, tuple(views), tuple(missing), now_s, optional
+        )
+        return True
+
+
+def fuse(
+    views: list[ViewVerdict], missing: list[MissingView], optional: Collection[str]
+) -> tuple[Judgement, tuple[str, ...]]:
+    """Judge a part by its views: the worst one decides.
+
+    An NG stands whatever the others show. Else a required view that is missing or was not inspected makes the part
+    UNINSPECTED, and so does a part of which no view was inspected. Reasons are those of the views that decided.
+    """
+
+    def reasons(of: Iterable[ViewVerdict]) -> Iterator[str]:
+        return chain.from_iterable(view.verdict.reasons for view in of)
+
+    by_judgement = {kind: [view for view in views if view.verdict.judgement is kind] for kind in Judgement}
+    if by_judgement[Judgement.NG]:
+        return Judgement.NG, _once(reasons(by_judgement[Judgement.NG]))
+    unseen = by_judgement[Judgement.UNINSPECTED]
+    needed = [view for view in unseen if view.frame.camera_id not in optional]
+    absent = [view for view in missing if view.required]
+    if needed or absent:
+        return Judgement.UNINSPECTED, _once(chain(reasons(needed), (view.cause.value for view in absent)))
+    if len(unseen) == len(views):
+        return Judgement.UNINSPECTED, _once(chain(reasons(unseen), (view.cause.value for view in missing)))
+    if by_judgement[Judgement.REVIEW]:
+        return Judgement.REVIEW, _once(reasons(by_judgement[Judgement.REVIEW]))
+    return Judgement.OK, ()
+
+
+def _once(reasons: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(reasons))

@@ -1,0 +1,195 @@
+"""GenICam cameras against Aravis's fake GigE Vision camera, over the loopback's real packets."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+from line_process import wait_until
+from reading import reading
+
+from pipeline.cameras import GenicamCamera
+from pipeline.errors import FrameError, SourceError
+from pipeline.sources import Source, child, open_source
+from pipeline.types import IDLE, CameraState, Cause, Picture
+
+pytestmark = pytest.mark.camera
+
+
+@contextmanager
+def fake_camera(*options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the fake camera on 127.0.0.1; GigE Vision has one port, so one at a time."""
+    command = ["arv-fake-gv-camera-0.8", "-i", "127.0.0.1", *options]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            time.sleep(0.3)  # it says nothing when it listens
+            assert process.poll() is None
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def camera() -> Iterator[None]:
+    """A camera as it comes from the factory."""
+    with fake_camera():
+        yield
+
+
+def genicam(**settings: object) -> GenicamCamera:
+    block = {"id": "c1", "type": "genicam", "product": "tray", "address": "127.0.0.1", "retry_max_s": 1.0}
+    block |= {"connect_timeout_s": 20, "read_timeout_s": 20}  # a busy machine is no fault
+    return GenicamCamera(**block | settings)
+
+
+def pictures(source: Source, count: int) -> Iterator[Picture]:
+    """Give so many pictures."""
+    while count:
+        picture = source.read()
+        if isinstance(picture, Picture):
+            count -= 1
+            yield picture
+
+
+@pytest.mark.usefixtures("camera")
+def test_pictures_come_in_the_camera_s_own_count() -> None:
+    """Every frame once, in order; the count runs on where the camera's 16 bits wrap from 65535 to 1 (the fake one does
+    so at its 136th frame); times are of capture, and the camera's clock is passed on."""
+    with open_source(genicam(rate=100, exposure_us=500, buffers=50, gain=2)) as source:
+        found = [(picture.trigger_count, picture.device_timestamp_ns) for picture in pictures(source, 150)]
+        last = next(pictures(source, 1))
+    counts = [count for count, _ in found]
+    assert counts == sorted(set(counts))
+    assert counts[0] == 1
+    assert counts[-1] < 65_000
+    assert [clock for _, clock in found] == sorted(clock for _, clock in found)
+    assert 0 <= time.monotonic() - last.captured_s < 20
+
+
+@pytest.mark.usefixtures("camera")
+@pytest.mark.parametrize("pixel_format", ["Mono8", "BayerRG8", "BayerGR8", "BayerGB8", "BayerBG8", "RGB8"])
+def test_every_pixel_format_becomes_rgb(pixel_format: str) -> None:
+    """Grey, Bayer and colour cameras all give HWC RGB; the fake camera's picture is grey where it is told to be."""
+    with open_source(genicam(pixel_format=pixel_format, packet_size=1500, packet_delay_ns=0)) as source:
+        image = next(pictures(source, 1)).image
+    assert image.shape == (512, 512, 3)
+    assert image.std() > 1
+    if pixel_format == "Mono8":
+        assert (image[..., 0] == image[..., 1]).all()
+
+
+@pytest.mark.usefixtures("camera")
+def test_a_software_trigger_makes_a_picture_each() -> None:
+    """Four triggers a second are four pictures a second, without a gap; not the camera's own 25."""
+    with open_source(genicam(trigger="software", rate=4, packet_size="auto")) as source:
+        found = list(pictures(source, 4))
+    spacing_s = [after.captured_s - before.captured_s for before, after in pairwise(found)]
+    assert [picture.trigger_count for picture in found] == [1, 2, 3, 4]
+    assert min(spacing_s) > 0.1
+
+
+@pytest.mark.usefixtures("camera")
+def test_a_camera_that_waits_for_its_line_is_well() -> None:
+    """Without a pulse on its input there is no picture and no fault, beyond the read timeout: it streams."""
+    with reading(genicam(trigger="Line0", read_timeout_s=0.2)) as done:
+        done.wait_for(CameraState.STREAMING)
+        time.sleep(2.0)
+    assert done.states == [(CameraState.STREAMING, "")]
+    with open_source(genicam(trigger="Line0")) as source:
+        assert source.read() is IDLE
+
+
+@pytest.mark.usefixtures("camera")
+def test_a_camera_has_one_reader() -> None:
+    """A second reader is refused with `in_use`, and gets the camera as soon as the first lets go."""
+    with reading(genicam()) as first:
+        first.wait_for(CameraState.STREAMING)
+        with reading(genicam()) as second:
+            second.wait_for(CameraState.LOST, "in_use")
+    with reading(genicam()) as third:
+        third.wait_for(CameraState.STREAMING)
+    assert third.states == [(CameraState.STREAMING, "")]
+
+
+@pytest.mark.usefixtures("camera")
+@pytest.mark.parametrize(
+    ("settings", "feature"),
+    [({"chunk_data": True}, "ChunkModeActive"), ({"trigger": "Line0", "activation": "AnyEdge"}, "AnyEdge")],
+)
+def test_a_setting_that_the_camera_has_not_is_told_once(settings: dict[str, object], feature: str) -> None:
+    """The fake camera has no chunk data and one kind of edge: final, with the feature's name."""
+    with pytest.raises(SourceError, match=feature) as caught, open_source(genicam(**settings)):
+        pass
+    assert (caught.value.reason, caught.value.final) == ("setting_refused", True)
+
+
+def test_a_camera_that_is_not_there_is_not_found() -> None:
+    """No camera at this address: LOST with `not_found`; it is looked for again."""
+    with reading(genicam()) as done:
+        done.wait_for(CameraState.LOST, "not_found")
+        with fake_camera():
+            done.wait_for(CameraState.STREAMING)
+
+
+def test_lost_packets_are_a_damaged_frame() -> None:
+    """Without resend a frame that misses a packet is `frame_corrupt` with its place in the count."""
+    with fake_camera("-r", "3"), open_source(genicam(resend=False, rate=50, exposure_us=500)) as source:
+        counts, damaged = [], 0
+        while len(counts) < 60:
+            try:
+                picture = source.read()
+            except FrameError as error:
+                damaged += 1
+                counts.append(error.trigger_count)
+            else:
+                counts += [picture.trigger_count] if isinstance(picture, Picture) else []
+    assert 0 < damaged < 60
+    assert counts == sorted(set(counts))
+
+
+def test_a_camera_that_sends_nothing_has_no_frames() -> None:
+    """It answers, and none of its packets arrives: `no_frames`, which is not the `timeout` of a cut cable."""
+    with fake_camera("-r", "1000"), reading(genicam(resend=False, read_timeout_s=1.0)) as done:
+        done.wait_for(CameraState.LOST, "no_frames")
+
+
+def test_a_camera_that_loses_power_is_a_timeout_even_between_triggers() -> None:
+    """A triggered camera is silent by right, but it answers its heartbeat: without that it is LOST, and back later."""
+    with reading(genicam(trigger="Line0")) as done:
+        with fake_camera():
+            done.wait_for(CameraState.STREAMING)
+        done.wait_for(CameraState.LOST, "timeout")
+        with fake_camera():
+            done.wait_for(CameraState.STREAMING)
+
+
+@pytest.mark.usefixtures("camera")
+def test_frames_that_no_buffer_took_are_counted() -> None:
+    """While the line has no room, a camera's frames wait in the buffers; those beyond are counted as `missed`, and
+    what was taken is handed over in order."""
+    with reading(genicam(rate=50, exposure_us=500, buffers=2)) as done:
+        done.wait_for_frames(3)
+        done.hold(2.0)
+        wait_until(lambda: done.metrics.snapshot().cameras[0].dropped.get("missed", 0) > 10, 60, "missed frames")
+    assert all(frame.cause is None or frame.cause is Cause.FRAME_CORRUPT for frame in done.frames)
+    assert [frame.captured_s for frame in done.frames] == sorted(frame.captured_s for frame in done.frames)
+
+
+@pytest.mark.usefixtures("camera")
+def test_a_hung_process_is_killed_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that reads the camera hangs: it is killed, and the camera streams again once it has let go."""
+    monkeypatch.setattr(child, "GRACE_S", 0.5)
+    with reading(genicam(read_timeout_s=1.0)) as done:
+        done.wait_for(CameraState.STREAMING)
+        server = child.FORK_SERVER._process.pid
+        command = ["pgrep", "-P", str(server)]
+        pid = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+        os.kill(pid, signal.SIGSTOP)
+        done.wait_for(CameraState.LOST, "timeout")
+        done.wait_for(CameraState.STREAMING)

@@ -1,0 +1,49 @@
+"""Simulated RTSP cameras for tests: the real server, on a free port, ended with the block."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+SIMULATE = Path(__file__).parents[1] / "deploy/local/simulate.py"
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """A running simulation."""
+
+    process: subprocess.Popen[str]
+    addresses: dict[str, str]
+    report_path: Path
+
+    def sent(self, name: str) -> list[str]:
+        """The part ids that its report names, once it has ended."""
+        self.process.wait(timeout=10)
+        return json.loads(self.report_path.read_text())["cameras"][name]["sent"]
+
+
+@contextmanager
+def simulation(playlists: dict[str, Path], folder: Path, *options: str) -> Iterator[Cameras]:
+    """Start the cameras, 320 x 240 unless `options` say otherwise; wait until they listen, end them."""
+    report_path = folder / "report.json"
+    command = [sys.executable, str(SIMULATE), "--size", "320x240", "--report", str(report_path), *options]
+    for name, path in playlists.items():
+        command += ["--camera", f"{name}={path}"]
+    with serving(command) as (process, addresses):
+        yield Cameras(process, addresses, report_path)
+
+
+@contextmanager
+def serving(command: list[str]) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
+    """Run a command that becomes the RTSP server; gives it and its addresses by camera."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, json.loads(process.stdout.readline())["cameras"]
+        finally:
+            process.terminate()
+            process.wait(timeout=10)

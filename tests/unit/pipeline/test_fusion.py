@@ -1,0 +1,62 @@
+"""How views make a part's verdict: the worst one decides, and what was not seen is never OK."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from pipeline.fusion import fuse
+from pipeline.types import Cause, Judgement, MissingView, Verdict
+
+REASONS = {
+    Judgement.OK: (),
+    Judgement.NG: ("score_above_ng", "anomaly_map"),
+    Judgement.REVIEW: ("score_above_review", "global_statistics"),
+    Judgement.UNINSPECTED: ("frame_corrupt",),
+}
+
+
+@pytest.fixture
+def views(make_view):
+    """Give views of cameras c1, c2, ... that say this."""
+    return lambda *said: [
+        replace(make_view({"camera_id": f"c{n}"}), verdict=Verdict(judgement, REASONS[judgement]))
+        for n, judgement in enumerate(said, start=1)
+    ]
+
+
+def absent(camera="c9", *, required=True, cause=Cause.DEADLINE):
+    return MissingView(camera, required, cause)
+
+
+@pytest.mark.parametrize("said", list(itertools.combinations_with_replacement(Judgement, 3)))
+def test_the_worst_view_decides(views, said):
+    """NG before UNINSPECTED before REVIEW before OK, with the reasons of the views that decided, each once."""
+    worst = next(kind for kind in ("NG", "UNINSPECTED", "REVIEW", "OK") if kind in said)
+    assert fuse(views(*said), [], ()) == (worst, REASONS[Judgement(worst)])
+
+
+@pytest.mark.parametrize("said", [Judgement.OK, Judgement.REVIEW])
+def test_a_required_view_that_is_missing_makes_the_part_uninspected(views, said):
+    """Whatever else was seen, and the cause is that of the missing view."""
+    assert fuse(views(said), [absent(cause=Cause.CAMERA_LOST)], ()) == ("UNINSPECTED", ("camera_lost",))
+
+
+def test_an_ng_stands_whatever_is_missing(views):
+    """The part is bad, whatever the rest would have shown; an optional view may say so as well."""
+    assert fuse(views(Judgement.NG), [absent()], ())[0] == "NG"
+    assert fuse(views(Judgement.OK, Judgement.NG), [], {"c2"})[0] == "NG"
+
+
+def test_an_optional_view_may_be_missing_or_unseen(views):
+    """The required ones decide; a REVIEW of an optional view counts."""
+    assert fuse(views(Judgement.OK), [absent(required=False)], {"c9"}) == ("OK", ())
+    assert fuse(views(Judgement.OK, Judgement.UNINSPECTED), [], {"c2"}) == ("OK", ())
+    assert fuse(views(Judgement.OK, Judgement.REVIEW), [], {"c2"})[0] == "REVIEW"
+
+
+def test_a_part_of_which_nothing_was_seen_is_never_ok(views):
+    """Also when no view is required."""
+    assert fuse([], [absent(required=False)], {"c9"}) == ("UNINSPECTED", ("deadline",))
+    unseen = fuse(views(Judgement.UNINSPECTED), [absent(required=False)], {"c1", "c9"})
+    assert unseen == ("UNINSPECTED", ("frame_corrupt", "deadline"))

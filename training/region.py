@@ -1,0 +1,246 @@
+"""The region of interest: which part of the camera's picture a model sees, before the resize to model size.
+
+The mask is painted first, then the crop is cut out and turned. `pipeline/region.py` does the same to the pictures of a
+camera; the rooms share no code, and tests/contract/test_region.py holds the two equal. Called by `data`, `normals`,
+`evaluate` and `card`.
+"""
+
+import base64
+import binascii
+import math
+import struct
+import zlib
+from pathlib import Path
+from typing import Annotated
+
+import cv2
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+from training.errors import ConfigError
+
+Image = NDArray[np.uint8]
+
+GREY = 128
+"""What is painted where the model is to see nothing."""
+REGION_STEP = "region-v1"
+"""Names this step in a manifest's `preprocessing`."""
+DATA_URL = "data:image/png;base64,"
+# A record of the camera pool must carry it, and Kafka takes 1 MB; a mask of 2 megapixels has some 10 KB.
+MAX_MASK_BYTES = 500_000
+
+Point = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
+Polygon = Annotated[list[Point], Field(min_length=3)]
+# OpenCV turns pictures of up to 32766 pixels a side.
+Side = Annotated[int, Field(gt=0, le=32_766)]
+Rectangle = tuple[int, int, int, int]
+
+
+def _form(value: object) -> str:
+    return "file" if isinstance(value, str) else "polygons"
+
+
+class RegionOfInterest(BaseModel):
+    """Which part of the camera's picture is inspected; all of it in pixels of that picture, so that a picture of
+    another size is a fault and never another place."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    picture_size: Annotated[list[Side], Field(min_length=2, max_length=2)]
+    """Width and height of the camera's picture; another size is `frame_corrupt`."""
+    crop: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=4, max_length=4)] | None = None
+    """Left, top, width and height of the part to look at. Unset: the whole picture."""
+    rotate: Annotated[float, Field(ge=-360, le=360, allow_inf_nan=False)] = 0.0
+    """Degrees by which the picture is turned clockwise about the crop's centre; the corners show what lies around the
+    crop, and grey beyond the picture. Nearer to a quarter or three quarter turns width and height change
+    places."""
+    mask: (
+        Annotated[
+            Annotated[str, Tag("file")] | Annotated[list[Polygon], Field(min_length=1), Tag("polygons")],
+            Discriminator(_form),
+        ]
+        | None
+    ) = None
+    """What is inspected: path of a PNG of the picture's size (white is inspected), or polygons, each a list of
+    `[x, y]`. The rest is painted grey before the crop."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RegionOfInterest":
+        width, height = self.picture_size
+        x, y, w, h = self.rectangle
+        if w == 0 or h == 0:
+            raise ValueError(f"`crop` is {w} x {h} pixels: give `[x, y, width, height]`")
+        if x + w > width or y + h > height:
+            raise ValueError(f"`crop` reaches to {x + w}, {y + h}, outside of the picture of {width} x {height}")
+        corners = [] if self.mask is None or isinstance(self.mask, str) else [c for shape in self.mask for c in shape]
+        if any(not (0 <= a <= width and 0 <= b <= height) for a, b in corners):
+            raise ValueError(f"`mask` has a corner outside of the picture of {width} x {height}")
+        inside = None if self.mask is None or self.by_file else self.inside()
+        if inside is not None and not inside[y : y + h, x : x + w].any():
+            raise ValueError("`mask` leaves nothing of the crop to inspect")
+        return self
+
+    @property
+    def rectangle(self) -> Rectangle:
+        """The crop, or the whole picture."""
+        x, y, width, height = self.crop if self.crop is not None else [0, 0, *self.picture_size]
+        return x, y, width, height
+
+    @property
+    def by_file(self) -> bool:
+        """Whether the mask is the name of a file that has still to be read; see `with_mask_read`."""
+        return isinstance(self.mask, str) and not self.mask.startswith(DATA_URL)
+
+    def inside(self) -> Image | None:
+        """Draw the mask: (H, W) uint8, 255 where the picture is inspected; None without one. Raises ValueError."""
+        width, height = self.picture_size
+        if self.mask is None:
+            return None
+        if isinstance(self.mask, str):
+            return mask_of(self.mask, width, height)
+        drawn = np.zeros((height, width), np.uint8)
+        for polygon in self.mask:
+            cv2.fillPoly(drawn, [np.round(np.array(polygon)).astype(np.int32)], 255)
+        return drawn
+
+    def cut(self, image: Image) -> Image:
+        """What the model sees of an (h, w, 3) uint8 RGB picture; raises ValueError where its size is another."""
+        height, width = image.shape[:2]
+        if [width, height] != self.picture_size:
+            wanted = f"{self.picture_size[0]} x {self.picture_size[1]}"
+            raise ValueError(f"is {width} x {height}, the region is made for {wanted}; crop it for its own size")
+        return cut_region(image, self.rectangle, self.rotate, self.inside())
+
+
+def with_mask_read(region: RegionOfInterest, root: Path) -> RegionOfInterest:
+    """Put the mask's file into the settings themselves, so that they mean the same on every machine.
+
+    A relative path starts at `root`. Raises ValueError that names the file and the fault.
+    """
+    if not region.by_file:
+        return region
+    path = root / str(region.mask)
+    try:
+        raw = path.read_bytes()
+        text = DATA_URL + base64.b64encode(raw).decode("ascii")
+        return RegionOfInterest.model_validate(region.model_dump() | {"mask": text})
+    except OSError as error:
+        raise ValueError(f"mask {path} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise ValueError(f"mask {path}: {fault}") from None
+
+
+def mask_of(text: str, width: int, height: int) -> Image:
+    """Decode a mask's data URL to (height, width) uint8 of 0 and 255. Raises ValueError; a bomb is not unpacked."""
+    try:
+        raw = base64.b64decode(text.removeprefix(DATA_URL), validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("`mask` is not base64") from None
+    if len(raw) > MAX_MASK_BYTES:
+        raise ValueError(f"`mask` has {len(raw)} bytes, at most {MAX_MASK_BYTES}: save it in black and white")
+    if not _is_whole_png(raw):
+        raise ValueError("`mask` is no whole PNG file")
+    found_width, found_height, bits, colour = struct.unpack(">IIBB", raw[16:26])
+    if (found_width, found_height) != (width, height):
+        size = f"{found_width} x {found_height}"
+        raise ValueError(f"`mask` is {size}, the picture {width} x {height}: a mask has the picture's size")
+    if colour not in (0, 2, 3) or bits > 8:
+        raise ValueError("`mask` has transparency or 16 bits: save it in black and white")
+    grey = cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
+    if grey is None or grey.shape != (height, width):
+        raise ValueError("`mask` cannot be decoded: save it again")
+    return np.where(np.asarray(grey) >= 128, np.uint8(255), np.uint8(0))
+
+
+def _is_whole_png(raw: bytes) -> bool:
+    """Walk the chunks from the header to the end, checksums included: OpenCV decodes a damaged file without a word."""
+    at, kinds = 8, []
+    while raw[:8] == b"\x89PNG\r\n\x1a\n" and at + 12 <= len(raw):
+        end = at + 12 + int.from_bytes(raw[at : at + 4], "big")
+        if zlib.crc32(raw[at + 4 : end - 4]) != int.from_bytes(raw[end - 4 : end], "big"):
+            return False
+        kinds.append(raw[at + 4 : at + 8])
+        at = end
+    return kinds[:1] == [b"IHDR"] and kinds[-1] == b"IEND" and len(raw) == at
+
+
+def cut_region(image: Image, crop: Rectangle, rotate: float, inside: Image | None) -> Image:
+    """Paint what is not `inside`, cut the crop out and turn it clockwise by `rotate` degrees: (h, w, 3) uint8.
+
+    Whole quarter turns move pixels and change none; the rest is turned about the crop's centre, bilinear.
+    """
+    x, y, width, height = crop
+    quarters, rest = quarter_turns(rotate)
+    if inside is not None:
+        image = np.asarray(cv2.copyTo(image, inside, np.full_like(image, GREY)), dtype=np.uint8)
+    if rest:
+        turn = cv2.getRotationMatrix2D((x + (width - 1) / 2, y + (height - 1) / 2), -rest, 1.0)
+        turn[:, 2] -= (x, y)
+        beyond = (GREY, GREY, GREY)
+        turned = cv2.warpAffine(
+            image, turn, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=beyond
+        )
+        cut = np.asarray(turned, dtype=np.uint8)
+    else:
+        cut = image[y : y + height, x : x + width]
+    return np.ascontiguousarray(np.rot90(cut, -quarters), dtype=np.uint8)
+
+
+def quarter_turns(rotate: float) -> tuple[int, float]:
+    """Split degrees into quarter turns and the rest, within -45 and 45."""
+    quarters = round(rotate / 90)
+    return quarters, rotate - 90 * quarters
+
+
+def in_picture(u: float, v: float, crop: Rectangle, rotate: float) -> tuple[float, float]:
+    """Find a place of the cut, given as fractions of its width and height, in pixels of the whole picture.
+
+    Pixels are squares here: the picture's first one spans 0 to 1.
+    """
+    x, y, width, height = crop
+    quarters, rest = quarter_turns(rotate)
+    for _ in range(quarters % 4):
+        u, v = v, 1 - u
+    across, down = (u - 0.5) * width, (v - 0.5) * height
+    cos, sin = math.cos(math.radians(rest)), math.sin(math.radians(rest))
+    return x + width / 2 + across * cos + down * sin, y + height / 2 - across * sin + down * cos
+
+
+def read_region(path: Path) -> RegionOfInterest | None:
+    """The region that a YAML file holds, its mask read; None where there is no such file. Raises ConfigError."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return with_mask_read(RegionOfInterest.model_validate(values), path.parent)
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(step) for step in first["loc"]) or "region"
+        raise ConfigError(f"region '{path}': {key}: {first['msg'].removeprefix('Value error, ')}") from error
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"region '{path}': {error}") from error
+
+
+def map_in_picture(anomaly_map: NDArray[np.float32], region: RegionOfInterest) -> NDArray[np.float32]:
+    """A map over the cut, (h, w), laid over the whole picture (H, W); around the cut is the map's lowest value."""
+    width, height = region.rectangle[2:]
+    if quarter_turns(region.rotate)[0] % 2:
+        width, height = height, width
+    large = cv2.resize(anomaly_map, (width, height), interpolation=cv2.INTER_LINEAR)
+    corners = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0))
+    here = np.array([(u * width - 0.5, v * height - 0.5) for u, v in corners], dtype=np.float32)
+    there = np.array([in_picture(u, v, region.rectangle, region.rotate) for u, v in corners], dtype=np.float32) - 0.5
+    return np.asarray(
+        cv2.warpAffine(
+            large,
+            cv2.getAffineTransform(here, np.asarray(there, dtype=np.float32)),
+            (region.picture_size[0], region.picture_size[1]),
+            flags=cv2.INTER_LINEAR,
+            borderMode=cv2.BORDER_CONSTANT,
+            borderValue=float(large.min()),
+        ),
+        dtype=np.float32,
+    )
