@@ -78,3 +78,14 @@ def test_a_line_of_a_pool_knows_every_product_and_is_never_finished(line):
     """Its cameras are still to come: all products of the repository are ready for them."""
     assert sorted(line.cameras.products) == ["cable-set", "tray"]
     assert not line.finished
+
+
+def test_a_camera_that_its_station_does_not_list_is_objected_to(line_file, models_repo, make_camera):
+    """A station may name cameras of the pool; one that it does not name would make parts of its own."""
+    stations = [{"name": "s1", "views": [{"camera": "c1"}, {"camera": "c9"}]}]
+    keys = {"cameras": [], "pool": {}, "triton": {"models_repo": str(models_repo)}, "stations": stations}
+    line = Line(config.load(line_file(**keys)))
+    assert line.cameras.objection(make_camera(1)) == ""
+    assert line.cameras.objection(make_camera(2)) == ""
+    stray = make_camera(2).model_copy(update={"station": "s1"})
+    assert "no view of this camera" in line.cameras.objection(stray)

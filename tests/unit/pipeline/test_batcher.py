@@ -291,3 +291,14 @@ def test_a_frame_that_gives_way_says_why(make_batcher, make_frame):
     evicted = batcher.put(frame_of(make_frame, "a/1", 2))
     assert (evicted.cause, evicted.image) == (Cause.QUEUE_FULL, None)
     assert batcher._metrics.snapshot().cameras[0].dropped == {"queue_full": 1}
+
+
+def test_a_removed_camera_leaves_no_queue_of_any_product(make_batcher, make_frame):
+    """Also its frames of other products still go out, and then nothing of it is left."""
+    batcher = make_batcher("a/1", max_size=4)
+    for number, product in ((1, "a"), (2, "b")):
+        batcher.put(make_frame(camera_id="a/1", product=product, number=number))
+    batcher.remove_camera("a/1")
+    batcher.close()
+    assert sorted(numbers(batcher.take(0.0))[0] for _ in range(2)) == [("a/1", 1), ("a/1", 2)]
+    assert not any(batcher._products.values())

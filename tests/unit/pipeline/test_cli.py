@@ -231,3 +231,19 @@ def test_cameras_are_listed_with_their_last_state(logicrd, line_file, monkeypatc
     (camera,) = json.loads(out)
     assert (camera["state"], camera["reason"], camera["worker"]) == ("lost", "auth_failed", "w1")
     assert camera["since"] == "2026-11-25T00:00:09.000Z"
+
+
+def test_the_state_of_the_worker_in_charge_is_listed(logicrd, line_file, monkeypatch):
+    """What a worker says that has lost a camera and not heard of it does not count, until the pool is counted anew."""
+
+    def event(camera, state, epoch, minute):
+        data = {"cameraId": camera, "state": state, "reason": "", "worker": "w1", "epoch": epoch}
+        return {"attributes": {"source": "/site/area/l1", "time": f"2026-11-25T00:{minute:02}:00.000Z"}, "data": data}
+
+    events = [event("c1", "streaming", 7, 1), event("c1", "lost", 6, 2)]
+    topic = Topic()
+    topic.read_to_end = lambda: iter(events)
+    monkeypatch.setattr("pipeline.tail.VerdictReader", topic)
+    assert json.loads(logicrd("cameras", "list", "--json", "--config", line_file())[1])[0]["state"] == "streaming"
+    events.append(event("c1", "ended", 1, 30))
+    assert json.loads(logicrd("cameras", "list", "--json", "--config", line_file())[1])[0]["state"] == "ended"
