@@ -1,13 +1,14 @@
 """The composition root: builds the stages of one line, wires them with queues, starts, drains and stops them.
 
 Threads: one reader a camera -> batcher -> one dispatcher -> gRPC's own -> one judge -> one publisher, one for pictures,
-one for thresholds, one for triggers where a station asks for them. A part is opened when its frame is captured or its
-trigger comes, and gets exactly one verdict. Called by the command line and by tests.
+one for thresholds, one for triggers where a station asks for them, one for the pool of cameras. A part is opened when
+its frame is captured or its trigger comes, and gets exactly one verdict. Called by the command line and by tests.
 """
 
 from __future__ import annotations
 
 import gc
+import secrets
 import socket
 import threading
 import time
@@ -23,15 +24,16 @@ from pipeline.events import Encoder, Place
 from pipeline.evidence import Evidence
 from pipeline.health import Health, HealthPage
 from pipeline.inference import InferenceClient
-from pipeline.ingest import CameraReader, Handover
 from pipeline.judge import TICK_S, Judge
-from pipeline.manifest import Manifest, read_manifest, region_doubts, with_models_region
+from pipeline.manifest import Manifest, products_in, read_manifest
 from pipeline.metrics import LineSnapshot, Metrics
 from pipeline.parts import Parts
+from pipeline.pool import CameraPool
+from pipeline.readers import Readers
 from pipeline.sink import Sink
 from pipeline.thresholds import ThresholdCache, ThresholdStore
 from pipeline.triggers import TriggerReader
-from pipeline.types import CameraState, Cause, Frame, Inference, Trigger
+from pipeline.types import Cause, Frame, Inference, Trigger
 
 _DRAIN_MARGIN_S = 1.0
 _SERVICE_WEIGHT = 0.2
@@ -45,8 +47,8 @@ class Line:
     def __init__(self, config: LineConfig) -> None:
         self._config = config
         self._manifests = read_manifests(config)
-        now = datetime.now(UTC)
-        run = now.strftime("%Y%m%dT%H%M%S")
+        # Workers that start in the same second give different names to the parts of a camera that moves between them.
+        run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
         self._place = Place(
             config.site, config.area, config.line, worker=f"{socket.gethostname()}-{run}", budget_ms=config.budget_ms
         )
@@ -73,9 +75,8 @@ class Line:
             metrics=self.metrics,
             health=self.health,
         )
-        products = {camera.id: camera.product for camera in config.cameras}
         self._judge = Judge(
-            Parts(stations, products, budget_s=config.budget_ms / 1e3, run=run),
+            Parts(stations, {}, budget_s=config.budget_ms / 1e3, run=run),
             self._manifests,
             self._thresholds,
             evidence=self._evidence,
@@ -87,7 +88,24 @@ class Line:
         )
         self._slots = threading.BoundedSemaphore(config.triton.max_in_flight)
         self._stop_dispatch = threading.Event()
-        self._readers = self._make_readers(run)
+        self.cameras = Readers(
+            self._manifests,
+            stations,
+            batcher=self._batcher,
+            judge=self._judge,
+            encoder=self._encoder,
+            sink=self._sink,
+            metrics=self.metrics,
+            health=self.health,
+            take=self._accept,
+            run=run,
+            budget_s=config.budget_ms / 1e3,
+        )
+        for camera in config.cameras:
+            self.cameras.prepare(camera)
+        self._pool: CameraPool | None = None
+        if config.pool is not None:
+            self._pool = CameraPool(config.kafka, config.pool, self.cameras, metrics=self.metrics, health=self.health)
         self._dispatcher = threading.Thread(target=self._dispatch, name="dispatcher", daemon=True)
         # Moving average of a batch's time at the server; written by gRPC's threads, read by the dispatcher.
         self._service_s = 0.0
@@ -96,13 +114,18 @@ class Line:
     def start(self) -> None:
         """Reach every dependency, then start the cameras. Raises DependencyError or CheckError; nothing stays up."""
         try:
-            self._inference.start()
+            for product in self._inference.start(optional=self._manifests.keys() - set(self._config.products)):
+                del self._manifests[product]
             self._thresholds.start()
             self._sink.start()
             self._start_evidence()
+            if self._pool is not None:
+                self._pool.connect()
             self._start_page()
             self._triggers.connect()
         except LineError:
+            if self._pool is not None:
+                self._pool.close()
             self._triggers.close()
             self._close_page()
             self._evidence.close()
@@ -112,17 +135,18 @@ class Line:
             raise
         self._judge.start()
         self._dispatcher.start()
-        for reader in self._readers:
-            reader.start()
+        self.cameras.start()
         self._triggers.start()
+        if self._pool is not None:
+            self._pool.start(list(self.cameras.names))
         gc.collect()
         gc.freeze()  # what is here now stays: the collections of the judge look at the frames' garbage only
-        log.info("line started", line=self._config.line, cameras=len(self._readers), products=self._config.products)
+        log.info("line started", line=self._config.line, cameras=len(self._config.cameras), products=[*self._manifests])
 
     @property
     def finished(self) -> bool:
         """Whether no camera will give another frame."""
-        return all(reader.finished for reader in self._readers)
+        return self._pool is None and self.cameras.finished
 
     def snapshot(self) -> LineSnapshot:
         """Give the line's figures of this moment."""
@@ -131,12 +155,14 @@ class Line:
     def close(self) -> LineSnapshot:
         """Stop the cameras, let every open part get its verdict, deliver what is left; gives the last figures."""
         self._triggers.stop()
-        for reader in self._readers:
-            reader.stop()
+        if self._pool is not None:
+            self._pool.stop()
+        self.cameras.stop()
         self._batcher.close()
         until = time.monotonic() + self._config.budget_ms / 1e3 + _DRAIN_MARGIN_S
-        for reader in self._readers:
-            reader.join(max(0.1, until - time.monotonic()))
+        self.cameras.join(until)
+        if self._pool is not None:
+            self._pool.close()  # only now: whoever gets the cameras reads them at once
         while self._judge.open_parts and time.monotonic() < until:
             time.sleep(TICK_S)
         self._stop_dispatch.set()
@@ -157,29 +183,6 @@ class Line:
             undelivered=last.undelivered,
         )
         return last
-
-    def _make_readers(self, run: str) -> list[CameraReader]:
-        handover = Handover(
-            accept=self._accept,
-            wait_for_room=self._batcher.wait_for_room,
-            announce=self._announce,
-            metrics=self.metrics,
-            health=self.health,
-            run=run,
-            budget_s=self._config.budget_ms / 1e3,
-        )
-        for doubt in region_doubts(self._config.cameras, self._manifests):
-            log.warning("region differs from the model's", doubt=doubt)
-        readers = []
-        for camera in self._config.cameras:
-            self.metrics.camera(camera.id, product=camera.product, station=camera.station)
-            self._batcher.add_camera(
-                camera.id, product=camera.product, capacity=camera.queue_frames, overflow=camera.overflow
-            )
-            size = self._manifests[camera.product].input
-            seen = with_models_region(camera, self._manifests[camera.product])
-            readers.append(CameraReader(seen, (size.height, size.width), handover))
-        return readers
 
     def _start_evidence(self) -> None:
         try:
@@ -210,16 +213,12 @@ class Line:
         self._infer(self._judge.accept(frame))
 
     def _triggered(self, trigger: Trigger) -> None:
-        self._infer(self._judge.trigger(trigger))
+        self._infer(self._judge.trigger(replace(trigger, epoch=self.cameras.epoch)))
 
     def _infer(self, frames: list[Frame]) -> None:
         for frame in frames:
             if (evicted := self._batcher.put(frame)) is not None:
                 self._judge.put(Inference(evicted, cause=evicted.cause))
-
-    def _announce(self, camera_id: str, state: CameraState, reason: str) -> None:
-        self._judge.camera_is(camera_id, state)
-        self._sink.put(self._encoder.status(camera_id, state, reason, datetime.now(UTC)))
 
     # Dispatcher thread
 
@@ -265,16 +264,24 @@ class Line:
 
 
 def read_manifests(config: LineConfig) -> dict[str, Manifest]:
-    """Read the manifest of every product that the line may have to judge. Raises ConfigError.
+    """Read the manifest of every product that the line may have to judge; with a pool, of all that are there.
+
+    Raises ConfigError for those of the line file; of the others, one that cannot be read is left out.
 
     A frame is brought to model size before it is known which product its trigger names, so the products of a station
     must agree on that size.
     """
-    manifests = {product: read_manifest(config.triton.models_repo, product) for product in config.products}
+    repository = config.triton.models_repo
+    manifests = {product: read_manifest(repository, product) for product in config.products}
+    for product in products_in(repository) if config.pool is not None else ():
+        try:
+            manifests.setdefault(product, read_manifest(repository, product))
+        except ConfigError as error:
+            log.error("product left out", product=product, error=str(error), hint=error.hint)
     for station in config.stations:
         cameras = (camera.product for camera in config.cameras if camera.station == station.name)
         fixed = (view.product for view in station.views if view.product is not None)
-        first, *others = dict.fromkeys([*cameras, *fixed, *station.recipes])
+        first, *others = dict.fromkeys([*cameras, *fixed, *station.recipes]) or [""]
         for other in others:
             if manifests[other].input != manifests[first].input:
                 raise ConfigError(

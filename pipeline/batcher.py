@@ -17,13 +17,14 @@ from pipeline.metrics import Metrics
 from pipeline.types import Batch, Cause, Frame
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # two queues of a camera that came again are two
 class _Queue:
     camera_id: str
     product: str
     capacity: int
     overflow: Overflow
     frames: deque[Frame] = field(default_factory=deque)
+    leaving: bool = False
     others: dict[str, _Queue] = field(default_factory=dict)
     """Queues of the same camera for other products."""
 
@@ -49,28 +50,43 @@ class Batcher:
     def add_camera(self, camera_id: str, *, product: str, capacity: int, overflow: Overflow) -> None:
         """Make the queue of a camera; before its reader starts."""
         queue = _Queue(camera_id, product, capacity, overflow)
-        self._queues[camera_id] = queue
-        self._products.setdefault(product, deque()).append(queue)
+        with self._changed:
+            self._queues[camera_id] = queue
+            self._products.setdefault(product, deque()).append(queue)
+
+    def remove_camera(self, camera_id: str) -> None:
+        """Take no more frames of a camera, after its reader has stopped; what is queued still goes out."""
+        with self._changed:
+            queue = self._queues.pop(camera_id)
+            for each in (queue, *queue.others.values()):
+                each.leaving = True
+                if not each.frames:
+                    self._products[each.product].remove(each)
+            self._changed.notify_all()
 
     def wait_for_room(self, camera_id: str, timeout_s: float) -> bool:
         """Wait until a frame of this camera may be put: at once for `drop_oldest`, when there is room for `wait`, when
         there is room or the oldest frame is late for `drop_late`. False after `timeout_s`.
         """
-        queue = self._queues[camera_id]
         until = time.monotonic() + timeout_s
         with self._changed:
+            queue = self._queues.get(camera_id)
+            if queue is None:  # a reader that has not noticed yet that its camera is removed
+                return False
             while (wait_s := self._room_in_s(queue)) > 0:
                 left_s = until - time.monotonic()
                 if left_s <= 0:
                     return False
                 self._changed.wait(min(left_s, wait_s))
-            return True
+            return not queue.leaving
 
     def put(self, frame: Frame) -> Frame | None:
         """Queue a frame. Returns the frame that had to give way, with its cause: the oldest one of a full queue, or
-        None.
+        None. A frame whose camera has been removed gives way itself.
         """
         with self._changed:
+            if frame.camera_id not in self._queues:
+                return replace(frame, image=None, cause=Cause.CAMERA_LOST)
             queue = self._queue_of(frame)
             evicted = self._evict(queue) if len(queue.frames) >= queue.capacity else None
             queue.frames.append(frame)
@@ -112,11 +128,12 @@ class Batcher:
         return other
 
     def _note(self, camera_id: str) -> None:
-        self._metrics.queued(camera_id, self._queues[camera_id].waiting())
+        if (queue := self._queues.get(camera_id)) is not None:  # what a removed camera left is nobody's queue
+            self._metrics.queued(camera_id, queue.waiting())
 
     def _room_in_s(self, queue: _Queue) -> float:
         """Say how long a full camera holds its reader back, if nothing is taken from it; 0 when there is room."""
-        if self._closed or queue.waiting() < queue.capacity or queue.overflow == "drop_oldest":
+        if self._closed or queue.leaving or queue.waiting() < queue.capacity or queue.overflow == "drop_oldest":
             return 0.0
         if queue.overflow == "wait":
             return float("inf")
@@ -152,6 +169,7 @@ class Batcher:
         """Take up to `max_size` frames, one a camera in turn; the next batch starts with the camera after the last."""
         queues = self._products[product]
         frames: list[Frame] = []
+        left: list[_Queue] = []
         idle = 0
         while len(frames) < self._max_size and idle < len(queues):
             queue = queues[0]
@@ -160,7 +178,11 @@ class Batcher:
                 frames.append(queue.frames.popleft())
                 self._note(queue.camera_id)
                 idle = 0
+                if queue.leaving and not queue.frames:
+                    left.append(queue)
             else:
                 idle += 1
+        for queue in left:
+            queues.remove(queue)
         self._changed.notify_all()
         return Batch(product, tuple(frames))

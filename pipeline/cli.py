@@ -10,7 +10,6 @@ from __future__ import annotations
 import getpass
 import json
 import signal
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -18,33 +17,39 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import structlog
 import typer
-from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 
 from pipeline import config as configuration
 from pipeline import deepstream, logs
 from pipeline.app import Line, read_manifests
-from pipeline.errors import CheckError, ConfigError, DependencyError, LineError
+from pipeline.cli_cameras import cameras_app
+from pipeline.console import (
+    CONFIG_FILE,
+    PASS_ON,
+    Config,
+    Json,
+    answer,
+    run_script,
+    stderr,
+    stdout,
+    table_of,
+)
+from pipeline.errors import CheckError, LineError
 from pipeline.health import Health
 from pipeline.inference import InferenceClient
 from pipeline.manifest import Manifest, read_manifest, region_doubts
 from pipeline.metrics import LineSnapshot, Metrics
-from pipeline.screen import draw, verdict_line
-from pipeline.tail import VerdictReader, camera_states
+from pipeline.pool import PoolTopic
+from pipeline.screen import draw, frame_rates, verdict_line
+from pipeline.tail import VerdictReader
 from pipeline.thresholds import ThresholdStore
 from pipeline.types import CameraState
 from pipeline.wire import schemas
 
-ROOT = Path(__file__).resolve().parent.parent
-DEFAULT_CONFIG = Path("deploy/config/line.yaml")
-
 app = typer.Typer(
     help="LogicRD: cameras in, verdicts out.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
-cameras_app = typer.Typer(help="Cameras of the line.", no_args_is_help=True)
 thresholds_app = typer.Typer(help="Limits per product, kept in Redis.", no_args_is_help=True)
 verdicts_app = typer.Typer(help="Verdicts on Kafka.", no_args_is_help=True)
 config_app = typer.Typer(help="The line file.", no_args_is_help=True)
@@ -57,15 +62,6 @@ for name, group in (
     ("deepstream", deepstream_app),
 ):
     app.add_typer(group, name=name)
-
-Config = Annotated[Path, typer.Option("--config", "-c", help="The line file.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-
-_WIDE = 132  # columns of a table in a file or a pipe, where no terminal says how wide it is
-
-stdout = Console(width=None if sys.stdout.isatty() else _WIDE)
-stderr = Console(stderr=True, width=None if sys.stderr.isatty() else _WIDE)
 
 
 def main() -> None:
@@ -91,7 +87,7 @@ def main() -> None:
 
 @app.command()
 def run(
-    config: Config = DEFAULT_CONFIG,
+    config: Config = CONFIG_FILE,
     seconds: Annotated[float | None, typer.Option(help="Stop after this time.", min=0.1)] = None,
     until_end: Annotated[bool, typer.Option(help="Stop when every file or folder has been read.")] = True,
     as_json: Json = False,
@@ -119,7 +115,7 @@ def run(
 
 
 @app.command()
-def check(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+def check(config: Config = CONFIG_FILE, as_json: Json = False) -> None:
     """Try everything a run needs, once: the file, the manifests, Triton's signatures, Redis and Kafka."""
     logs.configure(level="error")
     settings = configuration.load(config)
@@ -128,12 +124,14 @@ def check(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     done = [f"line file {config}", *(f"manifest {product}" for product in manifests)]
     client = InferenceClient(settings.triton, manifests, metrics=Metrics(), health=Health())
     try:
-        client.start()
+        unfit = client.start(optional=manifests.keys() - set(settings.products))
         replicas = client.require_all()
     finally:
         client.close()
-    signatures = ", ".join(f"{manifest.product} version {manifest.version}" for manifest in manifests.values())
+    fit = [manifest for product, manifest in manifests.items() if product not in unfit]
+    signatures = ", ".join(f"{manifest.product} version {manifest.version}" for manifest in fit)
     done += [f"Triton at {replica}, signatures of {signatures}" for replica in replicas]
+    doubts += [f"product {product!r} is not served: cameras of the pool cannot have it" for product in unfit]
     store = ThresholdStore(settings.redis)
     for product in manifests:
         store.get(product)
@@ -142,61 +140,43 @@ def check(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     for topic in ("verdict.v1", "trigger.v1") if triggered else ("verdict.v1",):
         with VerdictReader(settings.kafka, topic=topic, start="now"):
             done.append(f"Kafka at {', '.join(settings.kafka.bootstrap)}, topic {topic}")
+    if settings.pool is not None:
+        table, partitions = PoolTopic(settings.kafka).read()
+        done.append(f"camera pools: {len(table)} cameras in {partitions} partitions")
     lines = [*(f"good  {what}" for what in done), *(f"look  {doubt}" for doubt in doubts)]
-    _answer({"ok": True, "checked": done, "doubts": doubts}, as_json, "\n".join(lines))
+    answer({"ok": True, "checked": done, "doubts": doubts}, as_json, "\n".join(lines))
 
 
-@app.command(context_settings=_PASS_ON)
+@app.command(context_settings=PASS_ON)
 def stack(context: typer.Context) -> None:
     """Run Triton, Kafka and Redis on this machine: up, down, status (`logicrd stack up --help`)."""
-    raise typer.Exit(_script("deploy/local/stack.py", context.args))
+    raise typer.Exit(run_script("deploy/local/stack.py", context.args))
 
 
-@app.command(context_settings=_PASS_ON)
+@app.command(context_settings=PASS_ON)
 def bench(context: typer.Context) -> None:
     """Measure this machine: `bench line`, `bench serving`, `bench ingest` (each with --json)."""
     kinds = {"ingest", "line", "serving"}
     if not context.args or context.args[0] not in kinds:
         raise typer.BadParameter(f"name a benchmark: {', '.join(sorted(kinds))}")
-    raise typer.Exit(_script(f"tests/benchmarks/{context.args[0]}.py", context.args[1:]))
-
-
-@cameras_app.command("list")
-def cameras_list(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
-    """List the cameras of the line file, each with the last state that a worker reported of it on Kafka."""
-    settings = configuration.load(config)
-    states: dict[str, dict[str, str]] = {}
-    none = {"state": "never reported"}
-    try:
-        states = camera_states(settings.kafka, f"/{settings.site}/{settings.area}/{settings.line}")
-    except DependencyError as error:
-        none = {"state": "unknown"}
-        stderr.print(f"states are unknown: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    rows = [camera.model_dump(mode="json") | none | states.get(camera.id, {}) for camera in settings.cameras]
-    _answer(rows, as_json, _table(rows, ["id", "type", "product", "station", "overflow", "state", "reason", "since"]))
-
-
-@cameras_app.command("simulate", context_settings=_PASS_ON)
-def cameras_simulate(context: typer.Context) -> None:
-    """Serve pictures as H.264 over RTSP, as cameras would (`logicrd cameras simulate --help`)."""
-    raise typer.Exit(_script("deploy/local/simulate.py", context.args))
+    raise typer.Exit(run_script(f"tests/benchmarks/{context.args[0]}.py", context.args[1:]))
 
 
 @thresholds_app.command("list")
-def thresholds_list(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+def thresholds_list(config: Config = CONFIG_FILE, as_json: Json = False) -> None:
     """Show the limits of every product of the line, and where they come from."""
     settings = configuration.load(config)
     store = ThresholdStore(settings.redis)
     rows = [_threshold_row(store, manifest) for manifest in read_manifests(settings).values()]
-    _answer(rows, as_json, _table(rows, ["product", "ng", "review", "version", "source", "updated_by", "reason"]))
+    answer(rows, as_json, table_of(rows, ["product", "ng", "review", "version", "source", "updated_by", "reason"]))
 
 
 @thresholds_app.command("get")
-def thresholds_get(product: str, config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+def thresholds_get(product: str, config: Config = CONFIG_FILE, as_json: Json = False) -> None:
     """Show the limits of one product."""
     settings = configuration.load(config)
     row = _threshold_row(ThresholdStore(settings.redis), read_manifest(settings.triton.models_repo, product))
-    _answer(row, as_json, "\n".join(f"{key:14} {value}" for key, value in row.items()))
+    answer(row, as_json, "\n".join(f"{key:14} {value}" for key, value in row.items()))
 
 
 @thresholds_app.command("set", context_settings={"ignore_unknown_options": True})
@@ -209,7 +189,7 @@ def thresholds_set(
     reason: Annotated[str, typer.Option(help="Why; kept in the history.")] = "",
     author: Annotated[str, typer.Option(help="Who; default: the user's name.")] = "",
     version: Annotated[int | None, typer.Option(help="Refuse unless this version is in force.")] = None,
-    config: Config = DEFAULT_CONFIG,
+    config: Config = CONFIG_FILE,
     as_json: Json = False,
 ) -> None:
     """Set the limits of one product; a running line takes them with the next part."""
@@ -229,33 +209,33 @@ def thresholds_set(
     text = (
         f"{product}: ng {before['ng']} -> {after['ng']}, review {before['review']} -> {after['review']}, version {new}"
     )
-    _answer({"before": before, "after": after}, as_json, text)
+    answer({"before": before, "after": after}, as_json, text)
 
 
 @thresholds_app.command("history")
 def thresholds_history(
     product: str,
     count: Annotated[int, typer.Option(min=1, max=1000)] = 20,
-    config: Config = DEFAULT_CONFIG,
+    config: Config = CONFIG_FILE,
     as_json: Json = False,
 ) -> None:
     """Show who changed the limits of a product, when and why; newest first."""
     rows = ThresholdStore(configuration.load(config).redis).history(product, count)
-    _answer(rows, as_json, _table(rows, ["version", "ng", "review", "updated_at", "updated_by", "reason"]))
+    answer(rows, as_json, table_of(rows, ["version", "ng", "review", "updated_at", "updated_by", "reason"]))
 
 
 @thresholds_app.command("suggest")
-def thresholds_suggest(product: str, config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
+def thresholds_suggest(product: str, config: Config = CONFIG_FILE, as_json: Json = False) -> None:
     """Show what the model's validation normals suggest."""
     manifest = read_manifest(configuration.load(config).triton.models_repo, product)
     limits = manifest.calibration.thresholds
-    answer = {"product": product, "ng": limits.ng, "review": limits.review, "model_sha256": manifest.model_sha256}
-    _answer(answer, as_json, f"{product}: ng {limits.ng:.4f}, review {limits.review:.4f} (from validation normals)")
+    found = {"product": product, "ng": limits.ng, "review": limits.review, "model_sha256": manifest.model_sha256}
+    answer(found, as_json, f"{product}: ng {limits.ng:.4f}, review {limits.review:.4f} (from validation normals)")
 
 
 @verdicts_app.command("tail")
 def verdicts_tail(
-    config: Config = DEFAULT_CONFIG,
+    config: Config = CONFIG_FILE,
     station: Annotated[str, typer.Option(help="Only this station.")] = "",
     verdict: Annotated[str, typer.Option(help="Only OK, NG, REVIEW or UNINSPECTED.")] = "",
     first: Annotated[bool, typer.Option("--from-start", help="From the topic's beginning, not from now.")] = False,
@@ -277,7 +257,7 @@ def verdicts_tail(
 
 
 @config_app.command("show")
-def config_show(config: Config = DEFAULT_CONFIG) -> None:
+def config_show(config: Config = CONFIG_FILE) -> None:
     """Print the line file as it is understood: defaults and environment included, paths resolved."""
     sys.stdout.write(configuration.load(config).model_dump_json(indent=2) + "\n")
 
@@ -299,7 +279,7 @@ def deepstream_render(
 ) -> None:
     """Write DeepStream's graphs for a line: its cameras, the ensemble on Triton, and where its scores come out."""
     written = [str(path) for path in deepstream.write(configuration.load(config), out, root or out.resolve())]
-    _answer({"written": written}, as_json, "\n".join(written))
+    answer({"written": written}, as_json, "\n".join(written))
 
 
 class _Interrupted:
@@ -333,10 +313,7 @@ def _watch(
                 return
             if now - before_at >= 1.0:
                 current = line.snapshot()
-                rates = {
-                    new.camera_id: (new.frames - old.frames) / (now - before_at)
-                    for new, old in zip(current.cameras, before.cameras, strict=True)
-                }
+                rates = frame_rates(before, current, now - before_at)
                 before, before_at = current, now
                 if live is not None:
                     live.update(draw(current, rates, elapsed_s=now - started), refresh=True)
@@ -379,37 +356,6 @@ def _threshold_row(store: ThresholdStore, manifest: Manifest) -> dict[str, Any]:
     shown = {key: fields.get(key, "") for key in ("ng", "review", "version")}
     rest = {key: fields.get(key, "") for key in ("updated_by", "updated_at", "reason")}
     return {"product": manifest.product, **shown, "source": "redis", **rest}
-
-
-def _script(path: str, arguments: list[str]) -> int:
-    """Run one of the checkout's own scripts with this Python; Ctrl-C reaches it directly."""
-    script = ROOT / path
-    if not script.is_file():
-        raise ConfigError(f"{script} is not there", hint="this command works from a checkout of the project")
-    process = subprocess.Popen([sys.executable, str(script), *arguments])
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            structlog.get_logger(__name__).debug("interrupted; waiting for the script to end")
-
-
-def _answer(document: Any, as_json: bool, text: str | Table) -> None:  # noqa: ANN401
-    if as_json:
-        sys.stdout.write(json.dumps(document) + "\n")
-    elif isinstance(text, str):
-        sys.stdout.write(text + "\n")
-    else:
-        stdout.print(text)
-
-
-def _table(rows: list[dict[str, Any]], columns: list[str]) -> Table:
-    table = Table(header_style="bold", pad_edge=False)
-    for column in columns:
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*(str(row.get(column, "")) for column in columns))
-    return table
 
 
 if __name__ == "__main__":

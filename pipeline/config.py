@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -35,12 +35,12 @@ from pipeline.cameras import (
 )
 from pipeline.errors import ConfigError
 from pipeline.region import RegionOfInterest, with_mask_read
-from pipeline.stations import Station, StationView
+from pipeline.stations import Station, StationView, check_views
 
 ENV_PREFIX = "LOGICRD_"
 _ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 MODELINE = "# yaml-language-server: $schema="
-_PATHS = {"password_file", "path"}  # of a camera, relative to the line file
+_B = TypeVar("_B", bound=Block)
 
 
 class Triton(Block):
@@ -146,6 +146,21 @@ class Monitoring(Block):
         return host
 
 
+class Pool(Block):
+    """Cameras that this worker shares with others: those of one pool of the topic `<prefix>.cameras.v1`.
+
+    The workers of a pool reach the same cameras and have the same `line`. `logicrd cameras apply` fills it.
+    """
+
+    name: Name = "default"
+    """Which pool; the workers of it are the consumer group `<prefix>.workers.<name>`."""
+    capacity: Annotated[int, Field(ge=1, le=1000)] = 16
+    """Most cameras of the pool that this worker reads; one more is refused by name, and the others go on."""
+    root: Path = Path()
+    """Folder on this worker from which relative paths of the pool's cameras are taken; the files of their passwords
+    must lie in it. Unset: the folder of the line file."""
+
+
 class LineConfig(BaseSettings):
     """One line: its cameras and the servers it works with."""
 
@@ -156,6 +171,13 @@ class LineConfig(BaseSettings):
         frozen=True,
         use_attribute_docstrings=True,
         title="LogicRD line",
+        # What `_unique_cameras` says of a line without cameras.
+        json_schema_extra={
+            "anyOf": [
+                {"required": ["cameras"], "properties": {"cameras": {"minItems": 1}}},
+                {"required": ["pool"], "properties": {"pool": {"type": "object"}}},
+            ]
+        },
     )
 
     site: Name = "site"
@@ -166,8 +188,10 @@ class LineConfig(BaseSettings):
     """Production line; first half of the Kafka key."""
     budget_ms: Annotated[float, Field(gt=0, le=600_000, allow_inf_nan=False)] = 2_000.0
     """From capture to verdict; a part not judged by then is UNINSPECTED with cause `deadline`."""
-    cameras: Annotated[list[Camera], Field(min_length=1)]
-    """The cameras that this worker reads."""
+    cameras: list[Camera] = []
+    """The cameras that this worker reads, whatever the pool holds; at least one where there is no pool."""
+    pool: Pool | None = None
+    """Share of a pool of cameras; unset: this worker reads `cameras` and no others."""
     stations: list[Station] = Field(default=[])
     """Stations where a part is more than a frame: several views, or triggers. Unset: each frame is a part."""
     triton: Triton = Triton()
@@ -185,6 +209,8 @@ class LineConfig(BaseSettings):
 
     @model_validator(mode="after")
     def _unique_cameras(self) -> LineConfig:
+        if not self.cameras and self.pool is None:
+            raise ValueError("cameras: list at least one, or let this worker read a `pool`")
         seen: set[str] = set()
         for camera in self.cameras:
             if camera.id in seen:
@@ -198,15 +224,7 @@ class LineConfig(BaseSettings):
             raise ValueError("stations: two stations have the same name")
         for station in self.stations:
             here = {camera.id for camera in self.cameras if camera.station == station.name}
-            named = [view.camera for view in station.views]
-            if len(set(named)) < len(named):
-                raise ValueError(f"stations: {station.name}: a camera is listed twice in `views`")
-            if strange := sorted(set(named) - here):
-                raise ValueError(f"stations: {station.name}: no camera {strange[0]!r} has this station")
-            if named and (unlisted := sorted(here - set(named))):
-                raise ValueError(f"stations: {station.name}: camera {unlisted[0]!r} is not in `views`")
-            if not here:
-                raise ValueError(f"stations: {station.name}: no camera has this station")
+            check_views(station, here, pooled=self.pool is not None)
         return self
 
     @classmethod
@@ -246,7 +264,9 @@ def load(path: Path) -> LineConfig:
 
     Raises ConfigError with one line per fault: where, what, and the nearest known name for an unknown key.
     """
-    data = _read_yaml(path)
+    data = read_yaml(path, hint="name the line file with --config")
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a line file is a mapping of keys, not {type(data).__name__}")
     # The settings library takes such names for switches of its own and would not call them unknown.
     if private := [key for key in data if str(key).startswith("_")]:
         raise ConfigError(f"{path}: {private[0]}: unknown key", hint="`logicrd config schema` lists every key")
@@ -278,47 +298,45 @@ def without_colour() -> bool:
     return bool(os.environ.get("NO_COLOR"))  # noqa: TID251 (this module reads the environment)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, *, hint: str = "") -> object:
+    """Read a YAML file, whatever it holds. Raises ConfigError, with `hint` when there is no such file."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}", hint="name the line file with --config") from None
+        raise ConfigError(f"{path}: {error.strerror}", hint=hint) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a line file is a mapping of keys, not {type(data).__name__}")
-    return data
 
 
 def _rooted(config: LineConfig, root: Path) -> LineConfig:
     """Resolve the file's relative paths against the folder it lies in."""
-
-    def rooted(path: Path | None) -> Path | None:
-        return None if path is None else root / path
-
-    cameras = [
-        camera.model_copy(update={key: rooted(getattr(camera, key)) for key in _PATHS & set(type(camera).model_fields)})
-        for camera in config.cameras
-    ]
-    triton = config.triton.model_copy(update={"models_repo": rooted(config.triton.models_repo)})
-    redis = config.redis.model_copy(
-        update={"password_file": rooted(config.redis.password_file), "snapshot": rooted(config.redis.snapshot)}
+    blocks = {name: rooted(getattr(config, name), root) for name in ("triton", "redis", "evidence")}
+    pool = None if config.pool is None else rooted(config.pool, root)
+    return config.model_copy(
+        update={**blocks, "cameras": [rooted(camera, root) for camera in config.cameras], "pool": pool}
     )
-    evidence = config.evidence.model_copy(update={"dir": rooted(config.evidence.dir)})
-    return config.model_copy(update={"cameras": cameras, "triton": triton, "redis": redis, "evidence": evidence})
+
+
+def rooted(block: _B, root: Path) -> _B:
+    """Resolve a block's relative paths against a folder."""
+    values = ((name, getattr(block, name)) for name in type(block).model_fields)
+    return block.model_copy(update={name: root / value for name, value in values if isinstance(value, Path)})
 
 
 def _with_masks_read(config: LineConfig, path: Path) -> LineConfig:
     """Put the files of the regions' masks into the settings. Raises ConfigError."""
-    cameras = []
-    for camera in config.cameras:
-        region = camera.region
-        try:
-            region = None if region is None else with_mask_read(region, path.resolve().parent)
-        except ValueError as error:
-            raise ConfigError(f"{path}: camera {camera.id!r}: region: {error}", hint="check `region.mask`") from None
-        cameras.append(camera.model_copy(update={"region": region}))
-    return config.model_copy(update={"cameras": cameras})
+    return config.model_copy(update={"cameras": [with_mask(camera, path) for camera in config.cameras]})
+
+
+def with_mask(camera: Camera, path: Path) -> Camera:
+    """Put the file of a region's mask into the settings; relative to the file `path`, as listed. Raises ConfigError."""
+    if camera.region is None:
+        return camera
+    try:
+        region = with_mask_read(camera.region, path.resolve().parent)
+    except ValueError as error:
+        raise ConfigError(f"{path}: camera {camera.id!r}: region: {error}", hint="check `region.mask`") from None
+    return camera.model_copy(update={"region": region})
 
 
 def _secrets(config: LineConfig) -> Iterator[Path]:

@@ -135,9 +135,11 @@ class Encoder:
         added = ((name, text.encode()) for name, text in told.items())
         return Event(_DEAD_LETTER, key or b"", value or b"", (*headers, *added))
 
-    def status(self, camera_id: str, state: CameraState, reason: str, at: datetime) -> Event:
+    def status(
+        self, camera_id: str, state: CameraState, reason: str, at: datetime, *, epoch: int | None = None
+    ) -> Event:
         """Encode a camera's change of state; keyed by camera, so that the last state can be kept."""
-        data = StatusData(camera_id=camera_id, state=state.value, reason=reason, worker=self._place.worker)
+        data = StatusData(camera_id=camera_id, state=state.value, reason=reason, worker=self._place.worker, epoch=epoch)
         name = f"{self._place.worker}/{camera_id}/{at.isoformat()}"
         return self._event("status", name, camera_id, at, camera_id.encode(), _json(data))
 
@@ -170,6 +172,7 @@ class Encoder:
             timing=_timing(verdict, place.budget_ms),
             sequence=verdict.sequence,
             worker=place.worker,
+            epoch=part.epoch,
         )
 
     def _event(

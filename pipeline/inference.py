@@ -8,7 +8,7 @@ allows. Never judges, and never blocks the caller beyond handing the request to 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,11 @@ class InferenceClient:
         resolve: Resolve = replicas.resolve,
     ) -> None:
         self._settings = settings
-        self._manifests = manifests
+        self._manifests = dict(manifests)
+        # Of the start: products that a replica may lack, those that one has, and what is wrong with the others.
+        self._optional: frozenset[str] = frozenset()
+        self._served: set[str] = set()
+        self._faults: dict[str, str] = {}
         self._models = {
             name: Model(manifest.product, str(manifest.version), manifest.model_sha256)
             for name, manifest in manifests.items()
@@ -59,13 +63,22 @@ class InferenceClient:
         self._outputs = [InferRequestedOutput(name) for name in OUTPUTS]
         self._pool = ReplicaPool(settings, self._probe, metrics=metrics, health=health, resolve=resolve)
 
-    def start(self) -> None:
+    def start(self, *, optional: Collection[str] = ()) -> list[str]:
         """Reach every replica, compare each product's signature, and let it judge a black picture of each.
 
         One good replica is enough; another one is named in the log and asked again. Raises DependencyError when no
         replica answers or serves every product, ModelMismatchError when one serves another model and none is good.
+        Of the `optional` products those that no replica can judge are left out, and given by name; a replica that
+        lacks what another has is not used.
         """
+        self._optional = frozenset(optional)
         self._pool.start()
+        lacking = sorted(self._optional - self._served)
+        for product in lacking:
+            log.error("product left out", product=product, error=self._faults.get(product, "not served"))
+        self._manifests = {name: manifest for name, manifest in self._manifests.items() if name not in lacking}
+        self._optional = frozenset()
+        return lacking
 
     def require_all(self) -> list[str]:
         """Give the address of every replica; raises as `start` does when one of them is not good."""
@@ -159,18 +172,30 @@ class InferenceClient:
     def _probe(self, client: InferenceServerClient) -> tuple[Finding, str]:
         """Say whether a replica is ready, serves what the manifests say, and answers: a server whose backend process
         has died still calls itself ready. A good one is warm afterwards."""
+        manifests, lacking = self._manifests, set[str]()
+        if (finding := _readiness(client))[0] is not Finding.GOOD:
+            return finding
+        for look in (self._signature, self._canary):
+            for product in [name for name in manifests if name not in lacking]:
+                finding = look(client, manifests[product])
+                if finding[0] in (Finding.FAILED, Finding.REFUSED) and product in self._optional - self._served:
+                    lacking.add(product)
+                    self._faults[product] = finding[1]
+                elif finding[0] is not Finding.GOOD:
+                    return finding
+        if lacking and (finding := _readiness(client))[0] is not Finding.GOOD:  # it died meanwhile: it lacks nothing
+            return finding
+        self._served |= manifests.keys() - lacking
+        return Finding.GOOD, ""
+
+    def _signature(self, client: InferenceServerClient, manifest: Manifest) -> tuple[Finding, str]:
         try:
-            if not client.is_server_ready(client_timeout=_READY_TIMEOUT_S):
-                return Finding.FAILED, "is not ready"
-            for manifest in self._manifests.values():
-                if faults := self._signature_faults(client, manifest):
-                    words = f"product {manifest.product!r}: its signature is not the manifest's: {'; '.join(faults)}"
-                    return Finding.REFUSED, words
+            faults = self._signature_faults(client, manifest)
         except (InferenceServerException, ValueError) as error:  # ValueError: the channel is closed
             return Finding.FAILED, _words(error) or "does not answer"
-        for manifest in self._manifests.values():
-            if (finding := self._canary(client, manifest))[0] is not Finding.GOOD:
-                return finding
+        if faults:
+            words = f"product {manifest.product!r}: its signature is not the manifest's: {'; '.join(faults)}"
+            return Finding.REFUSED, words
         return Finding.GOOD, ""
 
     def _signature_faults(self, client: InferenceServerClient, manifest: Manifest) -> list[str]:
@@ -194,6 +219,14 @@ class InferenceClient:
             slow = known and fault_of(_status(error), _words(error)) in (Fault.LATE, Fault.BUSY)
             return Finding.LATE if slow else Finding.FAILED, words
         return Finding.GOOD, ""
+
+
+def _readiness(client: InferenceServerClient) -> tuple[Finding, str]:
+    try:
+        ready = client.is_server_ready(client_timeout=_READY_TIMEOUT_S)
+    except (InferenceServerException, ValueError) as error:  # ValueError: the channel is closed
+        return Finding.FAILED, _words(error) or "does not answer"
+    return (Finding.GOOD, "") if ready else (Finding.FAILED, "is not ready")
 
 
 def signature_faults(metadata: Mapping[str, Any], manifest: Manifest) -> list[str]:

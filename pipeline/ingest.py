@@ -54,14 +54,14 @@ class Handover:
 class CameraReader:
     """The thread of one camera."""
 
-    def __init__(self, camera: Camera, model_size: tuple[int, int], line: Handover) -> None:
+    def __init__(self, camera: Camera, model_size: tuple[int, int], line: Handover, *, number: int = 0) -> None:
         self._camera = camera
         self._model_size = model_size
         self._view = None if camera.region is None else camera.region.view
         self._inside = None if camera.region is None else camera.region.inside()
         self._line = line
         self._stop = threading.Event()
-        self._number = 0
+        self._number = number  # of the last frame; above 0 for a camera that this line has read before
         self._round = 0
         self._state = CameraState.CONNECTING
         self._reason = ""
@@ -75,6 +75,11 @@ class CameraReader:
     def finished(self) -> bool:
         """Whether this camera will give no more frames."""
         return self._state in {CameraState.ENDED, CameraState.FAILED}
+
+    @property
+    def number(self) -> int:
+        """Number of the last frame."""
+        return self._number
 
     def start(self) -> None:
         """Begin to read."""

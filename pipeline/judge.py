@@ -120,6 +120,18 @@ class Judge:
             return []
         return self._admitted(arrival)
 
+    def add_camera(self, camera_id: str, product: str) -> None:
+        """Note that a camera is read from now on; before its reader starts."""
+        with self._lock:
+            self._parts.add_camera(camera_id, product)
+
+    def remove_camera(self, camera_id: str) -> None:
+        """Note that a camera is read no longer: a view of it that does not come is `camera_lost`."""
+        with self._lock:
+            self._lost.discard(camera_id)
+            self._uncounted.discard(camera_id)
+            self._parts.remove_camera(camera_id)
+
     def camera_is(self, camera_id: str, state: CameraState) -> None:
         """Note a camera's state, so that a view that does not come is named for its cause."""
         if state not in {CameraState.LOST, CameraState.FAILED}:

@@ -123,6 +123,11 @@ def read_manifest(models_repo: Path, product: str) -> Manifest:
     return manifest
 
 
+def products_in(models_repo: Path) -> list[str]:
+    """Name the products that a repository has, by their manifests."""
+    return sorted(path.parent.name for path in models_repo.glob("*/manifest.json"))
+
+
 def with_models_region(camera: Camera, manifest: Manifest) -> Camera:
     """Give a camera that has no region of its own the one that its model was trained with. Raises ConfigError."""
     region = manifest.region
@@ -156,5 +161,4 @@ def region_doubts(cameras: Sequence[Camera], manifests: Mapping[str, Manifest]) 
 def _absent(models_repo: Path, product: str) -> str:
     if not models_repo.is_dir():
         return f"model repository {models_repo} does not exist"
-    known = sorted(path.parent.name for path in models_repo.glob("*/manifest.json"))
-    return f"product {product!r} is not in {models_repo}; it has: {', '.join(known) or 'none'}"
+    return f"product {product!r} is not in {models_repo}; it has: {', '.join(products_in(models_repo)) or 'none'}"

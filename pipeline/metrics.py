@@ -6,9 +6,11 @@ frame id and no error text ever becomes a label.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter as Tally
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -78,9 +80,10 @@ class StationSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class LineSnapshot:
-    """The line's figures at one moment; `triggered` and `judged` count parts, `acknowledged` those Kafka has confirmed.
+    """The line's figures at one moment: of the cameras that it reads, and the sums of all that it has read.
 
-    `p50_ms` and `p99_ms` are from a part's trigger or capture to its verdict.
+    `triggered` and `judged` count parts, `acknowledged` those Kafka has confirmed. `p50_ms` and `p99_ms` are from a
+    part's trigger or capture to its verdict.
     """
 
     cameras: tuple[CameraSnapshot, ...]
@@ -101,6 +104,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self._lock = threading.Lock()
         self._cameras: dict[str, CameraFigures] = {}
+        self._retired: set[str] = set()
         self._stations: dict[str, StationFigures] = {}
         self._latencies_s: deque[float] = deque(maxlen=_WINDOW)
         self._acknowledged = self._undelivered = 0
@@ -143,6 +147,10 @@ class Metrics:
             "inspection_triton_replicas_up", "Replicas of Triton that get batches", registry=registry
         )
         self._events = Counter("inspection_events", "Events by fate", ["fate"], registry=registry)
+        self._refused = Gauge(
+            "inspection_cameras_refused", "Cameras of the pool that are not read", ["reason"], registry=registry
+        )
+        self.epoch = Gauge("inspection_pool_epoch", "Generation of the pool's group", registry=registry)
         self.unacknowledged = Gauge(
             "inspection_events_unacknowledged", "Events Kafka has not confirmed yet", registry=registry
         )
@@ -151,17 +159,36 @@ class Metrics:
         )
 
     def camera(self, camera_id: str, *, product: str, station: str) -> None:
-        """Announce a camera, so that it is shown before its first frame."""
+        """Announce a camera, so that it is shown before its first frame; one that comes again goes on counting."""
         with self._lock:
-            self._cameras[camera_id] = CameraFigures(product, station)
+            figures = self._cameras.setdefault(camera_id, CameraFigures(product, station))
+            figures.product, figures.station = product, station
+            figures.state, figures.reason = CameraState.CONNECTING, ""
+            self._retired.discard(camera_id)
         self._frames.labels(camera_id)
         self._up.labels(camera_id).set(0)
+
+    def retire(self, camera_id: str) -> None:
+        """Show a camera no longer. Its parts stay in the line's sums, and those under way are still counted."""
+        with self._lock:
+            self._retired.add(camera_id)
+        for gauge in (self._up, self._queued):
+            with contextlib.suppress(KeyError):
+                gauge.remove(camera_id)
+
+    def refused(self, reasons: Mapping[str, int]) -> None:
+        """Note how many cameras of the pool this worker does not read, by the code of the reason."""
+        self._refused.clear()
+        for reason, count in reasons.items():
+            self._refused.labels(reason).set(count)
 
     def camera_state(self, camera_id: str, state: CameraState, reason: str = "") -> None:
         """Note what a camera's reader is doing; `reason` is a code, for the states that have one."""
         with self._lock:
             figures = self._cameras[camera_id]
             figures.state, figures.reason = state, reason
+            if camera_id in self._retired:
+                return
         self._up.labels(camera_id).set(state is CameraState.STREAMING)
         if state in {CameraState.LOST, CameraState.FAILED}:
             self._losses.labels(camera_id, reason).inc()
@@ -181,6 +208,8 @@ class Metrics:
     def queued(self, camera_id: str, frames: int) -> None:
         """Note how many frames of a camera wait for inference."""
         self._cameras[camera_id].queued = frames
+        if camera_id in self._retired:  # what a removed camera left in its queue
+            return
         self._queued.labels(camera_id).set(frames)
 
     def stage(self, stage: str, seconds: float) -> None:
@@ -256,7 +285,9 @@ class Metrics:
     def snapshot(self) -> LineSnapshot:
         """Give the figures of this moment."""
         with self._lock:
-            cameras = tuple(_camera_snapshot(name, figures) for name, figures in self._cameras.items())
+            cameras = tuple(
+                _camera_snapshot(name, figures) for name, figures in self._cameras.items() if name not in self._retired
+            )
             stations = tuple(_station_snapshot(name, figures) for name, figures in self._stations.items())
             latencies = list(self._latencies_s)
             acknowledged, undelivered = self._acknowledged, self._undelivered

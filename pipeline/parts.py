@@ -117,14 +117,14 @@ class Parts:
     """The parts under way, per station.
 
     `stations` are those of the line file; a station that is not among them has parts of one frame each. `products` is
-    each camera's product, `run` names this run in made-up part ids.
+    the product of each camera that is read, `run` names this run in made-up part ids.
     """
 
     def __init__(
         self, stations: Mapping[str, Station], products: Mapping[str, str], *, budget_s: float, run: str
     ) -> None:
         self._plans = stations
-        self._products = products
+        self._products = dict(products)
         self._budget_s = budget_s
         self._run = run
         self._stations: dict[str, _Station] = {}
@@ -135,6 +135,15 @@ class Parts:
     def __len__(self) -> int:
         """Count the parts that have no verdict yet."""
         return self._undecided
+
+    def add_camera(self, camera_id: str, product: str) -> None:
+        """Note that a camera is read from now on."""
+        self._products[camera_id] = product
+
+    def remove_camera(self, camera_id: str) -> None:
+        """Note that a camera is read no longer: its views are missing as those of a lost camera are."""
+        self._products.pop(camera_id, None)
+        self.reopen(camera_id)
 
     def arrive(self, frame: Frame, now_s: float) -> Arrival:
         """Take a frame: its part is opened or found. The frames returned carry their part's identity and deadline."""
@@ -205,8 +214,8 @@ class Parts:
     ) -> tuple[list[PartVerdict], list[Stray]]:
         """Give up the views that did not come by their part's deadline, and the frames whose trigger did not.
 
-        `lost` names the cameras that are away; `last` gives up whatever is open. Returns verdicts that may now go out,
-        in order, and strays.
+        `lost` names the cameras that are away, besides those that are not read here; `last` gives up whatever is open.
+        Returns verdicts that may now go out, in order, and strays.
         """
         due_s = math.inf if last else now_s
         released: list[PartVerdict] = []
@@ -215,7 +224,8 @@ class Parts:
             for part in station.waiting:
                 if part.verdict is None and part.part.deadline_s <= due_s and not part.frames:
                     for camera_id in sorted(part.awaited):
-                        part.give_up(camera_id, Cause.CAMERA_LOST if camera_id in lost else Cause.DEADLINE)
+                        away = camera_id in lost or camera_id not in self._products
+                        part.give_up(camera_id, Cause.CAMERA_LOST if away else Cause.DEADLINE)
                     self._decide(part, now_s)
             released += _released(station)
             while station.held and station.held[0].captured_s + station.window_s < due_s:
@@ -280,6 +290,7 @@ class Parts:
             frame.captured_s,
             frame.deadline_s,
             camera_id=frame.camera_id,
+            epoch=frame.epoch,
         )
         return Arrival((self._admit(self._open(station, part, (view,)), frame),), opened=1)
 
@@ -340,7 +351,16 @@ class Parts:
     def _part_of(self, plan: Station, frame: Frame, part_id: str, source: str) -> Part:
         """Identify a part of several views by the frame that opens it."""
         product = self._product(plan.views[0])
-        return Part(plan.name, part_id, source, product, frame.captured_at, frame.captured_s, frame.deadline_s)
+        return Part(
+            plan.name,
+            part_id,
+            source,
+            product,
+            frame.captured_at,
+            frame.captured_s,
+            frame.deadline_s,
+            epoch=frame.epoch,
+        )
 
     def _part_of_trigger(self, views: list[StationView], trigger: Trigger) -> Part:
         return Part(
@@ -353,6 +373,7 @@ class Parts:
             trigger.triggered_s + self._budget_s,
             meas_id=trigger.meas_id,
             receipt=trigger.receipt,
+            epoch=trigger.epoch,
         )
 
     def _product(self, view: StationView) -> str:

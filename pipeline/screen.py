@@ -26,6 +26,15 @@ def draw(snapshot: LineSnapshot, rates: dict[str, float], *, elapsed_s: float) -
     return Group(table, _footer(snapshot, sum(rates.values()), elapsed_s))
 
 
+def frame_rates(before: LineSnapshot, now: LineSnapshot, elapsed_s: float) -> dict[str, float]:
+    """Give frames/s by camera between two snapshots; a camera that came meanwhile starts at none."""
+    frames = {camera.camera_id: camera.frames for camera in before.cameras}
+    return {
+        camera.camera_id: (camera.frames - frames.get(camera.camera_id, camera.frames)) / elapsed_s
+        for camera in now.cameras
+    }
+
+
 def verdict_line(event: dict[str, Any]) -> str:
     """Put an event of the verdict topic into one line; a record that is no verdict is shown as such."""
     try:

@@ -50,3 +50,28 @@ class Station(Block):
     def view(self, camera_id: str) -> StationView | None:
         """Find a camera's view."""
         return next((view for view in self.views if view.camera == camera_id), None)
+
+
+def check_views(station: Station, here: set[str], *, pooled: bool) -> None:
+    """Check a station against the cameras that the file gives it, and a pool may give it. Raises ValueError.
+
+    All workers of a pool read every trigger, and none knows who else reads a station's cameras: triggers are for
+    cameras of the file only.
+    """
+    place, named = f"stations: {station.name}", [view.camera for view in station.views]
+    if len(set(named)) < len(named):
+        raise ValueError(f"{place}: a camera is listed twice in `views`")
+    strange = sorted(set(named) - here)
+    if strange and not pooled:
+        raise ValueError(f"{place}: no camera {strange[0]!r} has this station")
+    if strange and station.trigger == "message":
+        raise ValueError(
+            f"{place}: no camera {strange[0]!r} in `cameras` has this station, and `trigger: message` is not for "
+            "cameras of a pool: list it in `cameras`, or choose another trigger"
+        )
+    if named and (unlisted := sorted(here - set(named))):
+        raise ValueError(f"{place}: camera {unlisted[0]!r} is not in `views`")
+    if not here and not pooled:
+        raise ValueError(f"{place}: no camera has this station")
+    if not here and not named and station.trigger != "free_run":
+        raise ValueError(f"{place}: no camera in `cameras` has this station; name those of the pool in `views`")

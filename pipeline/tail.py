@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Literal
 
@@ -18,6 +19,9 @@ from kafka.structs import TopicPartition
 from pipeline.config import Kafka as KafkaSettings
 from pipeline.errors import DependencyError
 from pipeline.events import decode
+
+_UNHEARD = timedelta(minutes=5)
+"""How long a worker that Kafka cannot reach may go on speaking of cameras that are another's."""
 
 
 class VerdictReader:
@@ -87,18 +91,41 @@ class VerdictReader:
 
 
 def camera_states(settings: KafkaSettings, source: str) -> dict[str, dict[str, str]]:
-    """Give each camera's last status event on the topic as `{"state", "reason", "since", "worker"}`, by camera.
+    """Give each camera's last status event of the highest epoch as `{"state", "reason", "since", "worker"}`, by camera.
 
     `source` is the line's, `/site/area/line`. Raises DependencyError.
     """
     with VerdictReader(settings, topic="status.v1", start="first") as reader:
         events = [event for event in reader.read_to_end() if event.get("attributes", {}).get("source") == source]
-    states = {}
-    for event in sorted(events, key=lambda event: str(event["attributes"].get("time", ""))):
-        data = event["data"]
-        shown = {key: str(data.get(key, "")) for key in ("state", "reason", "worker")}
-        states[str(data.get("cameraId"))] = {**shown, "since": str(event["attributes"].get("time", ""))}
-    return states
+    last: dict[str, dict[str, Any]] = {}
+    for event in sorted(events, key=_time):
+        camera = str(event["data"].get("cameraId"))
+        if camera not in last or not _is_outdated(event, last[camera]):
+            last[camera] = event
+    return {camera: _state(event) for camera, event in last.items()}
+
+
+def _state(event: dict[str, Any]) -> dict[str, str]:
+    shown = {key: str(event["data"].get(key, "")) for key in ("state", "reason", "worker")}
+    return {**shown, "since": _time(event)}
+
+
+def _time(event: dict[str, Any]) -> str:
+    return str(event["attributes"].get("time", ""))
+
+
+def _is_outdated(event: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Say whether a later event is that of a worker that has lost the camera to the `other` one's, and not heard of it.
+
+    That is so for a short while only: Kafka counts the epochs of a pool anew when it has had no worker for long.
+    """
+    epoch, known = event["data"].get("epoch"), other["data"].get("epoch")
+    if epoch is None or known is None or epoch >= known:
+        return False
+    try:
+        return datetime.fromisoformat(_time(event)) - datetime.fromisoformat(_time(other)) < _UNHEARD
+    except ValueError:
+        return False
 
 
 def _event(record: Any) -> dict[str, Any]:  # noqa: ANN401 (the library's record has no public type)

@@ -108,6 +108,7 @@ class Trigger:
     triggered_s: float
     receipt: tuple[int, int]
     stale: bool = False
+    epoch: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,8 @@ class Part:
     """Which part, as its verdict names it.
 
     `opened_*` is its trigger, or its first frame. `camera_id` belongs to the identity of a part that is one frame of
-    one camera, and is None for a part of several views. `meas_id` and `receipt` are those of its trigger.
+    one camera, and is None for a part of several views. `meas_id` and `receipt` are those of its trigger,
+    `epoch` is as in its first frame.
     """
 
     station: str
@@ -128,6 +130,7 @@ class Part:
     camera_id: str | None = None
     meas_id: str | None = None
     receipt: tuple[int, int] | None = None
+    epoch: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +151,8 @@ class Frame:
 
     `image` is at model size; it is None exactly when `cause` says why the picture cannot be judged.
     `number` counts the frames of this camera since the worker started, from 1. `view` is None where the frame shows the
-    camera's whole picture.
+    camera's whole picture. `epoch` is the generation of the camera pool's group at capture, None for a worker without a
+    pool.
     """
 
     camera_id: str
@@ -165,6 +169,7 @@ class Frame:
     trigger_count: int | None = None
     meas_id: str | None = None
     view: View | None = None
+    epoch: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

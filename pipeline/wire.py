@@ -17,7 +17,9 @@ JudgementName = Literal["OK", "NG", "REVIEW", "UNINSPECTED"]
 
 
 class _Data(BaseModel):
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
 
 
 class ScoresData(_Data):
@@ -114,6 +116,10 @@ class VerdictData(_Data):
     timing: TimingData
     sequence: int
     worker: str
+    epoch: int | None = None
+    """Fencing epoch: the generation of the camera pool's group when the part was opened; null for a worker without a
+    pool. Of two workers that read one camera at the same time, the higher was in charge. Compare only verdicts of about
+    the same time: Kafka counts anew when a pool has had no worker for long."""
 
 
 class StatusData(_Data):
@@ -124,6 +130,8 @@ class StatusData(_Data):
     state: Literal["connecting", "streaming", "lost", "ended", "failed"]
     reason: str
     worker: str
+    epoch: int | None = None
+    """As in a verdict; of a camera's last states that of the highest epoch holds."""
 
 
 class AuditData(_Data):

@@ -25,7 +25,8 @@ TOPICS: dict[str, tuple[int, dict[str, str]]] = {
     "inspection.audit.v1": (6, {}),
     "inspection.status.v1": (6, {}),
     "inspection.dlq.v1": (6, {}),
-    "inspection.cameras.v1": (1, {"cleanup.policy": "compact"}),
+    # A camera belongs to a partition, and a partition to a worker: as many as workers could ever share, never changed.
+    "inspection.cameras.v1": (32, {"cleanup.policy": "compact"}),
 }
 KAFKA_HEAP_MB = 512
 

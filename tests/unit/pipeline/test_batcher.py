@@ -218,6 +218,33 @@ def test_turns_are_fair(make_frame, backlog, size):
     assert sum(served.values()) == sum(backlog)
 
 
+def test_a_removed_camera_leaves_nothing_behind(make_batcher, make_frame):
+    """What it had queued still goes out, once; it takes no more, and comes again as a new one."""
+    batcher = make_batcher("a/1", "a/2")
+    for number in (1, 2):
+        batcher.put(frame_of(make_frame, "a/1", number, age_s=OLD_S))
+    batcher.remove_camera("a/1")
+    late = frame_of(make_frame, "a/1", 3)
+    returned = batcher.put(late)
+    assert (returned.number, returned.cause, returned.image) == (3, Cause.CAMERA_LOST, None)
+    batcher.add_camera("a/1", product="a", capacity=4, overflow="drop_oldest")
+    batcher.put(frame_of(make_frame, "a/1", 4))
+    assert numbers(batcher.take(0.0)) == [("a/1", 1), ("a/1", 4), ("a/1", 2)]
+    assert batcher.take(0.0) is None
+
+
+def test_a_reader_that_waits_for_room_is_let_go_when_its_camera_is_removed(make_batcher, make_frame):
+    """A full `wait` queue does not hold the reader of a removed camera back."""
+    batcher = make_batcher("a/1", capacity=1, overflow="wait")
+    batcher.put(frame_of(make_frame, "a/1", 1))
+    assert not batcher.wait_for_room("a/1", 0.01)
+    threading.Timer(0.05, batcher.remove_camera, ["a/1"]).start()
+    before = time.monotonic()
+    batcher.wait_for_room("a/1", 30.0)
+    assert time.monotonic() - before < 15
+    assert not batcher.wait_for_room("a/1", 0.0)
+
+
 def test_a_frame_of_another_product_goes_with_its_own(make_batcher, make_frame):
     """Across a changeover a camera's frames of two products are two batches, and its bound holds for each."""
     batcher = make_batcher("a/1", "b/1", max_size=2, capacity=2)
@@ -264,3 +291,14 @@ def test_a_frame_that_gives_way_says_why(make_batcher, make_frame):
     evicted = batcher.put(frame_of(make_frame, "a/1", 2))
     assert (evicted.cause, evicted.image) == (Cause.QUEUE_FULL, None)
     assert batcher._metrics.snapshot().cameras[0].dropped == {"queue_full": 1}
+
+
+def test_a_removed_camera_leaves_no_queue_of_any_product(make_batcher, make_frame):
+    """Also its frames of other products still go out, and then nothing of it is left."""
+    batcher = make_batcher("a/1", max_size=4)
+    for number, product in ((1, "a"), (2, "b")):
+        batcher.put(make_frame(camera_id="a/1", product=product, number=number))
+    batcher.remove_camera("a/1")
+    batcher.close()
+    assert sorted(numbers(batcher.take(0.0))[0] for _ in range(2)) == [("a/1", 1), ("a/1", 2)]
+    assert not any(batcher._products.values())

@@ -174,6 +174,32 @@ def test_a_foreign_record_does_not_end_the_tail(logicrd, line_file, monkeypatch,
     assert all(line.strip() and "l1/s1" in line for line in out.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("text", "told"), [("{}", "the cameras are a list"), ("[{id: c1}]", "[0]: type"), ("[", "YAML")]
+)
+def test_a_wrong_list_of_cameras_is_exit_3(logicrd, line_file, tmp_path, text, told):
+    """`cameras apply` reads all of its file before it looks for Kafka."""
+    cameras = tmp_path / "cameras.yaml"
+    cameras.write_text(text)
+    code, out, err = logicrd("cameras", "apply", cameras, "-c", line_file())
+    assert (code, out) == (3, "")
+    assert told in err
+    code, _, err = logicrd("cameras", "apply", tmp_path / "none.yaml", "-c", line_file())
+    assert (code, "none.yaml" in err) == (3, True)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.usefixtures("failed_start")
+def test_cameras_apply_without_kafka_is_exit_4(logicrd, line_file, tmp_path):
+    """A broker that is not there is named, with what to do."""
+    cameras = tmp_path / "cameras.yaml"
+    cameras.write_text("[]")
+    code, out, err = logicrd("cameras", "apply", cameras, "-c", line_file())
+    assert (code, out) == (4, "")
+    assert "Kafka at 127.0.0.1:9" in err
+    assert "hint:" in err
+
+
 @pytest.mark.usefixtures("failed_start")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_cameras_are_listed_without_kafka(logicrd, line_file):
@@ -205,3 +231,19 @@ def test_cameras_are_listed_with_their_last_state(logicrd, line_file, monkeypatc
     (camera,) = json.loads(out)
     assert (camera["state"], camera["reason"], camera["worker"]) == ("lost", "auth_failed", "w1")
     assert camera["since"] == "2026-11-25T00:00:09.000Z"
+
+
+def test_the_state_of_the_worker_in_charge_is_listed(logicrd, line_file, monkeypatch):
+    """What a worker says that has lost a camera and not heard of it does not count, until the pool is counted anew."""
+
+    def event(camera, state, epoch, minute):
+        data = {"cameraId": camera, "state": state, "reason": "", "worker": "w1", "epoch": epoch}
+        return {"attributes": {"source": "/site/area/l1", "time": f"2026-11-25T00:{minute:02}:00.000Z"}, "data": data}
+
+    events = [event("c1", "streaming", 7, 1), event("c1", "lost", 6, 2)]
+    topic = Topic()
+    topic.read_to_end = lambda: iter(events)
+    monkeypatch.setattr("pipeline.tail.VerdictReader", topic)
+    assert json.loads(logicrd("cameras", "list", "--json", "--config", line_file())[1])[0]["state"] == "streaming"
+    events.append(event("c1", "ended", 1, 30))
+    assert json.loads(logicrd("cameras", "list", "--json", "--config", line_file())[1])[0]["state"] == "ended"

@@ -166,6 +166,14 @@ def test_paths_are_relative_to_the_file(line_file, tmp_path):
     assert settings.redis.snapshot == Path("/var/limits.json")
 
 
+def test_a_worker_of_a_pool_needs_no_cameras_of_its_own(line_file, tmp_path):
+    """With `pool` the list may be missing; without it there is nothing to read."""
+    assert config.load(line_file(cameras=[], pool={"root": "pool"})).pool.root == tmp_path / "pool"
+    assert config.load(line_file(cameras=[], pool={})).pool.root == tmp_path
+    with pytest.raises(ConfigError, match="list at least one, or let this worker read a `pool`"):
+        config.load(line_file(cameras=[]))
+
+
 def test_a_shown_line_file_reads_back_equal(line_file, tmp_path):
     """What `config show` prints is a line file that means the same."""
     settings = config.load(line_file(cameras=[CAMERA | {"picture_size": [640, 480]}, RTSP | {"id": "c2"}]))
@@ -209,3 +217,23 @@ def test_a_triggered_camera_never_drops_unless_told_to(line_file):
     cameras = config.load(line_file(cameras=blocks)).cameras
     assert [camera.overflow for camera in cameras] == ["drop_oldest", "wait", "drop_late", "drop_oldest"]
     assert cameras[3].device == "/dev/video0"
+
+
+@pytest.mark.parametrize(
+    ("station", "words"),
+    [
+        ({"views": [{"camera": "p1"}, {"camera": "p2"}]}, None),
+        ({"views": [{"camera": "p1"}], "trigger": "counter"}, None),
+        ({"views": [{"camera": "p1"}], "trigger": "message"}, "is not for cameras of a pool"),
+        ({"trigger": "counter"}, "name those of the pool in `views`"),
+        ({"views": [{"camera": "p1"}, {"camera": "p1"}]}, "listed twice"),
+    ],
+)
+def test_a_station_may_have_cameras_of_the_pool(line_file, station, words):
+    """They are known by name only; what needs all cameras of a station in one file is refused."""
+    path = line_file(cameras=[], pool={}, stations=[{"name": "s1", **station}])
+    if words is None:
+        assert config.load(path).station_plans["s1"].views
+    else:
+        with pytest.raises(ConfigError, match=words):
+            config.load(path)

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tritonclient.utils import InferenceServerException
 
-from pipeline.balance import Fault
+from pipeline.balance import Fault, Finding
 from pipeline.config import Triton as TritonSettings
 from pipeline.errors import DependencyError
 from pipeline.health import Health
@@ -171,3 +172,39 @@ def test_a_lost_server_costs_the_batch_and_nothing_else(client, make_frame):
     client.submit(batch_of(make_frame, 2), answers.put)
     assert [inference.cause for inference in answers.get(timeout=5.0)] == [Cause.TRITON_UNAVAILABLE] * 2
     assert answers.empty()
+
+
+class Replica:
+    """A replica that serves the products it is given."""
+
+    def __init__(self, *products):
+        self._products = products
+
+    def is_server_ready(self, **options):
+        return bool(options)
+
+    def get_model_metadata(self, product, **options):
+        assert options["as_json"]
+        if product not in self._products:
+            raise InferenceServerException(f"unknown model {product}")
+        return metadata()
+
+    def infer(self, *arguments, **options):
+        pass
+
+
+def test_a_product_that_another_replica_serves_may_not_be_lacking(make_manifest, monkeypatch):
+    """Of the optional products one that nobody serves is left out; one that somebody serves is asked of all."""
+    manifests = {name: make_manifest(product=name) for name in ("must", "some", "none")}
+    settings = TritonSettings(address="127.0.0.1:9", startup_timeout_s=0.01)
+    client = InferenceClient(settings, manifests, metrics=Metrics(), health=Health())
+
+    def start():
+        assert client._probe(Replica("some"))[0] is Finding.FAILED
+        assert client._probe(Replica("must", "some"))[0] is Finding.GOOD
+
+    monkeypatch.setattr(client._pool, "start", start)
+    assert client.start(optional=["some", "none"]) == ["none"]
+    assert client._probe(Replica("must"))[0] is Finding.FAILED
+    assert client._probe(Replica("must", "some"))[0] is Finding.GOOD
+    client.close()

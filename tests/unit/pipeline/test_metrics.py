@@ -69,6 +69,38 @@ def test_a_camera_is_up_while_it_streams(metrics):
     assert (camera.state, camera.reason) == (CameraState.LOST, "timeout")
 
 
+def test_a_camera_that_is_gone_stays_in_the_sums(metrics, make_part):
+    """It is shown no longer, its last parts are still counted, and it goes on counting when it comes again."""
+    metrics.camera_state("c1", CameraState.STREAMING)
+    for _ in range(2):
+        metrics.frame("c1")
+    metrics.retire("c1")
+    metrics.queued("c1", 0)
+    metrics.camera_state("c1", CameraState.LOST, "timeout")
+    metrics.triggered("s1", 2)
+    metrics.view("c1", Judgement.OK, None, 0.1)
+    metrics.verdict(make_part())
+    snapshot = metrics.snapshot()
+    assert [camera.camera_id for camera in snapshot.cameras] == ["c2"]
+    assert (snapshot.triggered, snapshot.judged) == (2, 1)
+    value = metrics.registry.get_sample_value
+    assert value("inspection_camera_up", {"camera": "c1"}) is None
+    assert value("inspection_queue_frames", {"camera": "c1"}) is None
+    metrics.camera("c1", product="other", station="s2")
+    metrics.frame("c1")
+    again = metrics.snapshot().cameras[0]
+    assert (again.camera_id, again.product, again.state, again.frames) == ("c1", "other", CameraState.CONNECTING, 3)
+
+
+def test_refusals_are_counted_by_reason(metrics):
+    """The gauge follows what is refused now; a reason that is gone is gone."""
+    metrics.refused({"capacity": 2, "invalid": 1})
+    metrics.refused({"capacity": 1})
+    value = metrics.registry.get_sample_value
+    assert value("inspection_cameras_refused", {"reason": "capacity"}) == 1
+    assert value("inspection_cameras_refused", {"reason": "invalid"}) is None
+
+
 def test_no_part_becomes_a_label(metrics, make_part):
     """Labels are cameras, stations, stages, verdicts, causes and fates: their number does not grow with parts."""
     metrics.view("c1", Judgement.NG, None, 0.1)

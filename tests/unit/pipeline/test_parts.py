@@ -165,6 +165,21 @@ def test_a_missing_view_makes_the_part_uninspected_at_its_deadline(bench, lost, 
     assert len(line.parts) == 0
 
 
+def test_a_view_of_a_camera_that_was_removed_is_camera_lost(bench):
+    """The part does not wait any shorter for it: it may come again; the epoch of its first frame is the part's."""
+    line = bench(views=BOTH)
+    line.judge(line.frame("c1", part_id="p", epoch=7).frames[0])
+    line.parts.remove_camera("c2")
+    assert line.end(BUDGET_S - 0.01) == ([], [])
+    ((verdict,), _) = line.end(BUDGET_S)
+    assert missing(verdict) == {"c2": "camera_lost"}
+    assert verdict.part.epoch == 7
+    line.parts.add_camera("c2", "tray")
+    line.judge(line.frame("c1", part_id="q", at=10.0).frames[0], at=10.1)
+    ((verdict,), _) = line.end(10.0 + BUDGET_S)
+    assert missing(verdict) == {"c2": "deadline"}
+
+
 def test_an_optional_view_may_be_missing(bench):
     """The part is what its required views say, and the missing one is named all the same."""
     line = bench(views=[StationView(camera="c1"), StationView(camera="c2", required=False)])

@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from pipeline.metrics import Metrics
-from pipeline.screen import draw, verdict_line
+from pipeline.screen import draw, frame_rates, verdict_line
 from pipeline.types import CameraState, Cause, Judgement
 
 
@@ -42,6 +42,19 @@ def test_what_went_wrong_is_in_the_table(make_part):
     (row,) = [line.replace("│", " ").split() for line in text.splitlines() if "cam-1" in line]
     assert row == ["cam-1", "tray", "lost", "(timeout)", "4.6", "11", "22", "33", "44", "100", "100", "7"]
     assert "parts 111   open 1   acknowledged by Kafka 0   lost 1" in text
+
+
+def test_rates_are_of_the_cameras_that_are_there():
+    """Cameras that came or went between two looks have no rate, and do not disturb that of the others."""
+    metrics = Metrics()
+    for name in ("gone", "stays"):
+        metrics.camera(name, product="tray", station="s1")
+    before = metrics.snapshot()
+    metrics.retire("gone")
+    metrics.camera("new", product="tray", station="s1")
+    for name in ("stays", "new", "new"):
+        metrics.frame(name)
+    assert frame_rates(before, metrics.snapshot(), 0.5) == {"stays": 2.0, "new": 0.0}
 
 
 def test_a_verdict_names_its_missing_views():

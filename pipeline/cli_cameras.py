@@ -1,0 +1,65 @@
+"""The commands `logicrd cameras`: what cameras there are, how they are, and the pools of them in Kafka. No logic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline import config as configuration
+from pipeline.console import CONFIG_FILE, PASS_ON, Config, Json, answer, run_script, stderr, table_of
+from pipeline.errors import DependencyError
+from pipeline.pool import PoolTopic
+from pipeline.roster import difference, read_list
+from pipeline.tail import camera_states
+
+cameras_app = typer.Typer(help="Cameras of the line.", no_args_is_help=True)
+
+
+@cameras_app.command("list")
+def cameras_list(config: Config = CONFIG_FILE, as_json: Json = False) -> None:
+    """List the cameras of the line file, each with the last state that a worker reported of it on Kafka."""
+    settings = configuration.load(config)
+    states: dict[str, dict[str, str]] = {}
+    none = {"state": "never reported"}
+    try:
+        states = camera_states(settings.kafka, f"/{settings.site}/{settings.area}/{settings.line}")
+    except DependencyError as error:
+        none = {"state": "unknown"}
+        stderr.print(f"states are unknown: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    rows = [camera.model_dump(mode="json") | none | states.get(camera.id, {}) for camera in settings.cameras]
+    answer(rows, as_json, table_of(rows, ["id", "type", "product", "station", "overflow", "state", "reason", "since"]))
+
+
+@cameras_app.command("apply")
+def cameras_apply(
+    file: Annotated[Path, typer.Argument(help="A YAML list of cameras as in the line file, each with its `pool`.")],
+    prune: Annotated[bool, typer.Option("--prune", help="Remove every camera that the file does not list.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
+    config: Config = CONFIG_FILE,
+    as_json: Json = False,
+) -> None:
+    """Make the camera pools in Kafka what the file says; running workers follow within seconds."""
+    settings = configuration.load(config)
+    listed = read_list(configuration.read_yaml(file), str(file))
+    wanted = [replace(entry, camera=configuration.with_mask(entry.camera, file)) for entry in listed]
+    topic = PoolTopic(settings.kafka)
+    present, partitions = topic.read()
+    changes = difference(wanted, present, partitions, prune=prune)
+    if not dry_run:
+        topic.write(changes)
+    columns = ["change", "camera", "pool", "product", "station"]
+    rows = [
+        dict(zip(columns, (row.kind, row.camera_id, row.pool, row.product, row.station), strict=True))
+        for row in changes
+    ]
+    text = table_of(rows, columns) if rows else "nothing differs"
+    answer({"dry_run": dry_run, "changes": rows}, as_json, text)
+
+
+@cameras_app.command("simulate", context_settings=PASS_ON)
+def cameras_simulate(context: typer.Context) -> None:
+    """Serve pictures as H.264 over RTSP, as cameras would (`logicrd cameras simulate --help`)."""
+    raise typer.Exit(run_script("deploy/local/simulate.py", context.args))

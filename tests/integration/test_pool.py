@@ -1,0 +1,237 @@
+"""Workers that share the cameras of a pool, against the real broker: what is read is read by one of them, always."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from datetime import datetime
+from itertools import pairwise
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from kafka import KafkaProducer
+from line_process import LineProcess, received, wait_until
+
+from pipeline.config import Kafka
+from pipeline.pool import SESSION_S
+from pipeline.tail import VerdictReader
+
+pytestmark = pytest.mark.stack
+
+
+@pytest.fixture
+def pool(stack, line_file, products, tmp_path):
+    """An empty pool named after the test, the files of two workers, and a folder of pictures."""
+    made = Pool(stack.endpoints["kafka"], products[0], tmp_path, line_file)
+    for worker in ("a", "b"):
+        (tmp_path / worker).mkdir()
+        made.files[worker] = replace(
+            line_file(stack, pool={"name": made.name, "capacity": 40}), folder=tmp_path / worker
+        )
+    yield made
+    made.apply([], "--prune")
+
+
+class Pool:
+    """What a test does to the pool, and what the world sees of it."""
+
+    def __init__(self, kafka, product, folder, line_file):
+        self.kafka, self.product, self.folder = kafka, product, folder
+        self.name = line_file(None).name
+        self.files: dict[str, Any] = {}
+        self.pictures = folder / "pictures"
+        self.pictures.mkdir()
+        grain = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+        for number in range(3):
+            cv2.imwrite(str(self.pictures / f"{number}.png"), cv2.resize(grain, (320, 240)))
+
+    def camera(self, number, **keys):
+        """A camera that gives a picture at once and then one every five seconds; each is a station of its own."""
+        block = {
+            "id": f"{self.name}.{number:02}",
+            "type": "folder",
+            "path": str(self.pictures),
+            "loop": True,
+            "rate": 0.2,
+        }
+        rest = {"product": self.product, "station": f"s{number}", "overflow": "drop_oldest", "pool": self.name}
+        return block | rest | keys
+
+    def apply(self, cameras, *options):
+        """`logicrd cameras apply`; gives the changes."""
+        path = self.folder / "cameras.yaml"
+        path.write_text(yaml.safe_dump(cameras))
+        line = self.files["a"].write()
+        command = [sys.executable, "-m", "pipeline.cli", "cameras", "apply", str(path), "-c", str(line), "--json"]
+        answer = subprocess.run([*command, *options], capture_output=True, text=True, timeout=60, check=False)
+        assert answer.returncode == 0, answer.stderr
+        return json.loads(answer.stdout)["changes"]
+
+    def worker(self, name):
+        return LineProcess(self.files[name].write())
+
+    def states(self):
+        """The last status event of each camera of this pool: state, reason, worker and time."""
+        last = {}
+        with VerdictReader(Kafka(bootstrap=[self.kafka]), topic="status.v1", start="first") as reader:
+            for event in reader.read_to_end():
+                if (event["key"] or "").startswith(self.name):
+                    data = event["data"]
+                    at = datetime.fromisoformat(event["attributes"]["time"]).timestamp()
+                    last[event["key"]] = (data["state"], data["reason"], data["worker"], at)
+        return last
+
+    def readers(self):
+        """Which worker reads which camera, by the status events."""
+        return {camera: state[2] for camera, state in self.states().items() if state[0] == "streaming"}
+
+    def verdicts(self):
+        return [event["data"] for event in received(self.kafka, self.name).events]
+
+
+def camera_of(data):
+    return data["views"][0]["cameraId"]
+
+
+def test_thirty_cameras_outlive_a_worker_that_is_killed(pool):
+    """Two workers share 30 cameras; one is killed with -9, within 15 s the other reads all, under a higher epoch.
+
+    Then all are removed while it runs, and each part that it took has its verdict.
+    """
+    cameras = [pool.camera(number) for number in range(30)]
+    assert [change["change"] for change in pool.apply(cameras)] == ["added"] * 30
+    with pool.worker("a") as first, pool.worker("b") as second:
+        wait_until(lambda: len(pool.readers()) == 30, 60, "all cameras read")
+        wait_until(lambda: _shares(pool) == [14, 16] or _shares(pool) == [15, 15], 60, "both workers share them")
+        before = pool.readers()
+        wait_until(lambda: {camera_of(data) for data in pool.verdicts()} == set(before), 60, "verdicts of all")
+        os.kill(first.pid, signal.SIGKILL)
+        killed_at = time.time()
+        wait_until(lambda: len(set(pool.readers().values())) == 1, 40, "the other worker reads all")
+        after = pool.states()
+        (survivor,) = set(pool.readers().values())
+        moved = [camera for camera, worker in before.items() if worker != survivor]
+        assert len(moved) >= 14
+        assert max(after[camera][3] for camera in moved) - killed_at < 15
+        wait_until(lambda: _judged_by(pool, survivor) == set(before), 60, "its verdicts of all")
+        assert [change["change"] for change in pool.apply([], "--prune")] == ["removed"] * 30
+        wait_until(lambda: {state[:2] for state in pool.states().values()} == {("ended", "removed")}, 30, "none read")
+        summary = second.stop()
+        first.wait()
+    assert second.exit_code == 0
+    assert summary["cameras"] == []
+    judged = [data for data in pool.verdicts() if data["worker"] == survivor]
+    assert summary["triggered"] == summary["judged"] == summary["acknowledged"] == len(judged)
+    for camera in moved:
+        epochs = {data["worker"]: data["epoch"] for data in pool.verdicts() if camera_of(data) == camera}
+        assert epochs.pop(survivor) > max(epochs.values())
+
+
+def _shares(pool):
+    workers = list(pool.readers().values())
+    return sorted(workers.count(worker) for worker in set(workers))
+
+
+def _are_shared(pool, cameras):
+    shares = _shares(pool)
+    return len(shares) == 2 and sum(shares) == cameras
+
+
+def _judged_by(pool, worker):
+    return {camera_of(data) for data in pool.verdicts() if data["worker"] == worker}
+
+
+def test_a_worker_that_was_away_gives_way_and_takes_part_again(pool):
+    """A worker hangs for longer than the group waits: the other reads all; it comes back, and each is read once."""
+    pool.apply([pool.camera(number) for number in range(16)])
+    with pool.worker("a") as first, pool.worker("b"):
+        wait_until(lambda: _are_shared(pool, 16), 60, "both workers share them")
+        os.kill(first.pid, signal.SIGSTOP)
+        try:
+            wait_until(lambda: _shares(pool) == [16], 40, "the other worker reads all")
+        finally:
+            os.kill(first.pid, signal.SIGCONT)
+        wait_until(lambda: _are_shared(pool, 16), 40, "both workers share them again")
+        assert "place in the group is lost" in first.log()
+
+
+def test_what_a_worker_cannot_read_is_refused_by_name(pool, tmp_path):
+    """Beyond capacity, of an unknown product, no JSON, a password from elsewhere: each named, and the rest is read.
+
+    A relative password file is one of the worker's own folder.
+    """
+    for folder in (tmp_path, tmp_path / "a"):
+        (folder / "password").write_text("s3cret")
+    cameras = [pool.camera(number) for number in range(4)]
+    rtsp = {"type": "rtsp", "url": "rtsp://127.0.0.1:9/x", "product": pool.product, "user": "u", "pool": pool.name}
+    near = {"id": f"{pool.name}.-near", "password_file": "password", "station": "near", **rtsp}
+    away = {"id": f"{pool.name}.away", "password_file": "../password", "station": "away", **rtsp}
+    strange = pool.camera(8, product="no-such-part")
+    pool.apply([*cameras, strange, near, away])
+    producer = KafkaProducer(bootstrap_servers=pool.kafka)
+    producer.send("inspection.cameras.v1", key=f"{pool.name}.bad".encode(), value=b"\xff{", partition=0)
+    producer.close()
+    pool.files["a"].settings["pool"]["capacity"] = 4
+    with pool.worker("a") as line:
+        wait_until(lambda: len(pool.states()) == 8, 60, "a word on each")
+        states = {camera.removeprefix(f"{pool.name}."): state[:2] for camera, state in pool.states().items()}
+        assert states.pop("-near")[0] == "lost"
+        assert states == {
+            **{f"{number:02}": ("streaming", "") for number in range(3)},
+            "03": ("failed", "capacity"),
+            "08": ("failed", "product_unknown"),
+            "away": ("failed", "invalid"),
+            "bad": ("failed", "invalid"),
+        }
+        pool.apply([near, *cameras[1:]], "--prune")
+        wait_until(lambda: set(pool.readers()) == {camera["id"] for camera in cameras[1:]}, 30, "the place is taken")
+        summary = line.stop()
+        said = line.log()
+    assert line.exit_code == 0
+    assert summary["triggered"] == summary["acknowledged"]
+    for name in ("03", "08", "away", "bad"):
+        assert f'"{pool.name}.{name}"' in said
+    assert "s3cret" not in said
+
+
+def test_a_camera_that_is_set_anew_goes_on_under_new_names(pool, products):
+    """`cameras apply` with another product: read anew at once, no frame number twice, nothing lost."""
+    camera = pool.camera(1, rate=5.0)
+    pool.apply([camera])
+    with pool.worker("a") as line:
+        wait_until(lambda: len(pool.verdicts()) > 3, 60, "verdicts")
+        other = camera | {"product": products[1]}
+        assert [change["change"] for change in pool.apply([other], "--dry-run")] == ["changed"]
+        assert [change["change"] for change in pool.apply([other])] == ["changed"]
+        assert pool.apply([other]) == []
+        wait_until(lambda: pool.verdicts()[-1]["productId"] == products[1], 30, "verdicts of the other product")
+        summary = line.stop()
+    verdicts = pool.verdicts()
+    assert len(verdicts) == summary["triggered"] == summary["acknowledged"]
+    numbers = [data["views"][0]["frameId"] for data in verdicts]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert [data["sequence"] for data in verdicts] == numbers
+
+
+def test_a_worker_goes_on_reading_while_kafka_is_away(pool, stack):
+    """Kafka stands still for longer than the group waits: no picture is missed, and each gets its verdict once."""
+    pool.apply([pool.camera(1, rate=2.0)])
+    with pool.worker("a") as line:
+        wait_until(lambda: len(pool.verdicts()) > 3, 60, "verdicts")
+        os.kill(stack.pid("kafka"), signal.SIGSTOP)
+        time.sleep(SESSION_S + 2)
+        os.kill(stack.pid("kafka"), signal.SIGCONT)
+        wait_until(lambda: len(pool.verdicts()) > 20, 30, "verdicts of the time without Kafka")
+        summary = line.stop()
+    verdicts = pool.verdicts()
+    assert len(verdicts) == summary["triggered"] == summary["acknowledged"]
+    captured = [datetime.fromisoformat(data["views"][0]["capturedAt"]).timestamp() for data in verdicts]
+    assert max(later - earlier for earlier, later in pairwise(captured)) < SESSION_S / 2
