@@ -24,7 +24,15 @@ from pipeline import config as configuration
 from pipeline import deepstream, logs
 from pipeline.app import Line, read_manifests
 from pipeline.cli_cameras import cameras_app
-from pipeline.console import (
+from pipeline.errors import CheckError, LineError
+from pipeline.health import Health
+from pipeline.inference import InferenceClient
+from pipeline.manifest import Manifest, read_manifest, region_doubts
+from pipeline.metrics import LineSnapshot, Metrics
+from pipeline.pool import PoolTopic
+from pipeline.screen import draw, frame_rates, verdict_line
+from pipeline.tail import VerdictReader
+from pipeline.terminal import (
     CONFIG_FILE,
     PASS_ON,
     Config,
@@ -35,14 +43,6 @@ from pipeline.console import (
     stdout,
     table_of,
 )
-from pipeline.errors import CheckError, LineError
-from pipeline.health import Health
-from pipeline.inference import InferenceClient
-from pipeline.manifest import Manifest, read_manifest, region_doubts
-from pipeline.metrics import LineSnapshot, Metrics
-from pipeline.pool import PoolTopic
-from pipeline.screen import draw, frame_rates, verdict_line
-from pipeline.tail import VerdictReader
 from pipeline.thresholds import ThresholdStore
 from pipeline.types import CameraState
 from pipeline.wire import schemas

@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from pipeline import config as configuration
-from pipeline.console import CONFIG_FILE, PASS_ON, Config, Json, answer, run_script, stderr, table_of
 from pipeline.errors import DependencyError
 from pipeline.pool import PoolTopic
 from pipeline.roster import difference, read_list
 from pipeline.tail import camera_states
+from pipeline.terminal import CONFIG_FILE, PASS_ON, Config, Json, answer, run_script, stderr, table_of
 
 cameras_app = typer.Typer(help="Cameras of the line.", no_args_is_help=True)
 
