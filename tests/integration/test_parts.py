@@ -215,7 +215,7 @@ def test_frames_belong_to_their_triggers_product_across_a_changeover(stack, line
     models = [event["data"]["views"][0]["model"] for event in verdicts.events]
     assert [model and model["name"] for model in models] == [old, new, None]
     assert [f'"product": "{product}"' in said for product in (old, new)] == [True, True]
-    assert said.index("product ready") < said.index("line started")
+    assert said.index("Triton replica is up") < said.index("line started")
 
 
 @pytest.mark.usefixtures("lenient")
