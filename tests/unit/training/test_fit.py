@@ -75,7 +75,8 @@ def test_time_budget_ends_the_run(pictures):
 
 def test_cosine_rates_rise_then_fall_to_nothing(pictures):
     """Warm-up from the first step, and a last step that hardly moves a weight."""
-    config = CONFIG.model_copy(update={"method": "rd", "max_steps": 30, "batch_size": 2, "validate_every": 100})
+    changes = {"method": "rd", "schedule": "cosine", "max_steps": 30, "batch_size": 2, "validate_every": 100}
+    config = CONFIG.model_copy(update=changes)
     weights: list[torch.Tensor] = []
     network = build(config, pictures._teacher)
 
