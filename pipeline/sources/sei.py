@@ -7,25 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipeline.sources.stream import MAX_PART_ID_BYTES, PART_ID_UUID
+from pipeline.sources.stream import part_id_of
 
 _SEI_UNIT = 6
 _UNREGISTERED = 5
 
 
 def part_id_in(before: bytes) -> str | None:
-    """Find the part id in the NAL units before a picture; as in `stream.py`, a text that is no id is no id."""
-    for unit in before.split(b"\0\0\1"):
-        if not unit or unit[0] & 0x1F != _SEI_UNIT:
-            continue
-        for message in _unregistered(unit[1:].replace(b"\0\0\3", b"\0\0")):
-            if message[:16] == PART_ID_UUID.bytes and len(message) <= 16 + MAX_PART_ID_BYTES:
-                try:
-                    text = message[16:].decode().strip("\0")
-                except UnicodeDecodeError:
-                    return None
-                return text if text.isprintable() and text else None
-    return None
+    """Find the part id in the NAL units before a picture."""
+    units = (unit for unit in before.split(b"\0\0\1") if unit and unit[0] & 0x1F == _SEI_UNIT)
+    return part_id_of(message for unit in units for message in _unregistered(unit[1:].replace(b"\0\0\3", b"\0\0")))
 
 
 def _unregistered(raw: bytes) -> Iterator[bytes]:

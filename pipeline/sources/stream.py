@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
@@ -116,7 +116,7 @@ class StreamSource:
             self._empty = self._empty and not packet.size
             self._decode(packet)
         frame, captured_at, captured_s = self._ready.popleft()
-        part_id = _part_id(frame)
+        part_id = part_id_of(_messages(frame))
         origin = "sei" if part_id is not None else None
         self._damaged = (self._damaged and not frame.key_frame) or frame.is_corrupt
         if self._damaged:
@@ -160,14 +160,9 @@ class StreamSource:
         return SourceError(f"{self._shown} {what}: {type(error).__name__}", reason="lost", final=final)
 
 
-def _part_id(frame: VideoFrame) -> str | None:
-    """Find the part id in a frame's unregistered SEI messages; a text that is no id is no id."""
-    messages = cast("SideDataContainer", frame.side_data)
-    for index in range(len(messages)):  # by index: several messages share one type, and a mapping would hide them
-        data = messages[index]
-        if data.type.name != "SEI_UNREGISTERED":
-            continue
-        message = bytes(data)
+def part_id_of(messages: Iterable[bytes]) -> str | None:
+    """Find the part id among a frame's unregistered SEI messages; a text that is no id is no id."""
+    for message in messages:
         if message[:16] == PART_ID_UUID.bytes and len(message) <= 16 + MAX_PART_ID_BYTES:
             try:
                 text = message[16:].decode().strip("\0")
@@ -175,3 +170,11 @@ def _part_id(frame: VideoFrame) -> str | None:
                 return None
             return text if text.isprintable() and text else None
     return None
+
+
+def _messages(frame: VideoFrame) -> Iterator[bytes]:
+    """Give a frame's unregistered SEI messages."""
+    found = cast("SideDataContainer", frame.side_data)
+    for index in range(len(found)):  # by index: several messages share one type, and a mapping would hide them
+        if found[index].type.name == "SEI_UNREGISTERED":
+            yield bytes(found[index])
