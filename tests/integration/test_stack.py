@@ -187,7 +187,7 @@ def test_every_component_answers_where_the_state_says(whole: EmbeddedStack) -> N
     topics = {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics()}
     admin.close()
     assert topics["inspection.verdict.v1"] == topics["inspection.view.v1"] == 6
-    assert topics["inspection.cameras.v1"] == 1
+    assert topics["inspection.cameras.v1"] == 32
     with redis.Redis.from_url(endpoints["redis"]) as client:
         assert client.ping()
     for component in state["components"].values():
