@@ -107,8 +107,6 @@ class Line:
         if config.pool is not None:
             self._pool = CameraPool(config.kafka, config.pool, self.cameras, metrics=self.metrics, health=self.health)
         self._dispatcher = threading.Thread(target=self._dispatch, name="dispatcher", daemon=True)
-        # Moving average of a batch's time at the server; written by gRPC's threads, read by the dispatcher.
-        self._service_s = 0.0
         self._page: HealthPage | None = None
 
     def start(self) -> None:
@@ -245,7 +243,7 @@ class Line:
 
         Without this, an overloaded line would spend all its time on frames that are nearly overdue, and judge none.
         """
-        latest = time.monotonic() + min(self._service_s, self._config.budget_ms / 2e3)
+        latest = time.monotonic() + min(self._batcher.service_s, self._config.budget_ms / 2e3)
         for frame in frames:
             if frame.deadline_s <= latest:
                 self.metrics.dropped(frame.camera_id, Cause.DEADLINE)
@@ -257,8 +255,8 @@ class Line:
         self._slots.release()
         first = inferences[0]
         if first.sent_s is not None and first.received_s is not None:
-            self._service_s += _SERVICE_WEIGHT * (first.received_s - first.sent_s - self._service_s)
-            self._batcher.service_s = self._service_s
+            took_s = first.received_s - first.sent_s
+            self._batcher.service_s += _SERVICE_WEIGHT * (took_s - self._batcher.service_s)
         for inference in inferences:
             self._judge.put(inference)
 

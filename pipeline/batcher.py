@@ -45,7 +45,7 @@ class Batcher:
         self._products: dict[str, deque[_Queue]] = {}
         self._closed = False
         self.service_s = 0.0
-        """What the server needs for a batch, in seconds; a frame with less time left than this is late."""
+        """What the server needs for a batch, in seconds (moving average); a frame with less time left is late."""
 
     def add_camera(self, camera_id: str, *, product: str, capacity: int, overflow: Overflow) -> None:
         """Make the queue of a camera; before its reader starts."""

@@ -7,6 +7,7 @@ audit topic. Decides nothing itself: `verdict` judges a view, `fusion` a part. O
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import queue
 import threading
@@ -189,13 +190,15 @@ class Judge:
                 gc.collect()
                 collect_s = time.monotonic()
             try:
-                inference = self._results.get(timeout=TICK_S)
-            except queue.Empty:
-                pass
-            else:
-                self._guarded(inference)
-            self._give_up()
+                self._turn()
+            except Exception:  # this thread's top frame: the next turn goes on with the parts that are still open
+                log.exception("a turn of the judge failed")
         self._health.retire(_STAGE)
+
+    def _turn(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            self._guarded(self._results.get(timeout=TICK_S))
+        self._give_up()
 
     def _give_up(self, *, last: bool = False) -> None:
         """Settle the views, and the parts, whose time is over; all of them at the `last` call."""
@@ -248,22 +251,29 @@ class Judge:
 
     def _send(self, verdicts: Iterable[PartVerdict]) -> None:
         for verdict in verdicts:
-            self._metrics.verdict(verdict)
-            events = self._encoder.part(verdict, decided_at=datetime.now(UTC))
-            if (receipt := verdict.part.receipt) is not None:
-                events = *events[:-1], replace(events[-1], done=partial(self._settled, receipt))
-            self._sink.put(*events)
-            if verdict.judgement is not Judgement.OK:
-                log.info(
-                    "part",
-                    station=verdict.part.station,
-                    part=verdict.part.part_id,
-                    verdict=verdict.judgement.value,
-                    reasons=list(verdict.reasons),
-                    missing=[view.camera_id for view in verdict.missing],
-                    scores={view.frame.camera_id: _rounded(view) for view in verdict.views},
-                    latency_ms=round((verdict.decided_s - verdict.part.opened_s) * 1e3, 1),
-                )
+            try:
+                self._deliver(verdict)
+            except Exception:  # the parts released with this one must not be lost with it
+                log.exception("verdict not delivered", station=verdict.part.station, part=verdict.part.part_id)
+                self._metrics.undelivered(1, parts=1)
+
+    def _deliver(self, verdict: PartVerdict) -> None:
+        self._metrics.verdict(verdict)
+        events = self._encoder.part(verdict, decided_at=datetime.now(UTC))
+        if (receipt := verdict.part.receipt) is not None:
+            events = *events[:-1], replace(events[-1], done=partial(self._settled, receipt))
+        self._sink.put(*events)
+        if verdict.judgement is not Judgement.OK:
+            log.info(
+                "part",
+                station=verdict.part.station,
+                part=verdict.part.part_id,
+                verdict=verdict.judgement.value,
+                reasons=list(verdict.reasons),
+                missing=[view.camera_id for view in verdict.missing],
+                scores={view.frame.camera_id: _rounded(view) for view in verdict.views},
+                latency_ms=round((verdict.decided_s - verdict.part.opened_s) * 1e3, 1),
+            )
 
     def _audit(self, strays: Iterable[Stray]) -> None:
         for stray in strays:
