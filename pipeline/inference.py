@@ -19,11 +19,11 @@ from tritonclient.utils import InferenceServerException
 
 from pipeline import replicas
 from pipeline.balance import Fault, Finding, Replica, fault_of
-from pipeline.config import Triton as TritonSettings
 from pipeline.health import Health
 from pipeline.manifest import Manifest
 from pipeline.metrics import Metrics
 from pipeline.replicas import ReplicaPool, Resolve
+from pipeline.servers import Triton as TritonSettings
 from pipeline.types import Batch, Cause, Image, Inference, Model, Scores
 
 INPUT = "image"

@@ -27,13 +27,13 @@ from kafka.errors import KafkaError
 from kafka.structs import TopicPartition
 
 from pipeline.cameras import Camera, read_secret
-from pipeline.config import Kafka as KafkaSettings
 from pipeline.config import Pool as PoolSettings
 from pipeline.config import rooted
 from pipeline.errors import ConfigError, DependencyError
 from pipeline.health import Health
 from pipeline.metrics import Metrics
 from pipeline.roster import Change, Place, Refusal, merged, plan, read_record
+from pipeline.servers import Kafka as KafkaSettings
 
 SESSION_S = 8.0
 """Silence after which Kafka takes a worker for dead. With the next heartbeat, the joining and the reading of records

@@ -17,10 +17,10 @@ import structlog
 from tritonclient.grpc import InferenceServerClient
 
 from pipeline.balance import Balance, Fault, Finding, Replica, Standing
-from pipeline.config import Triton as TritonSettings
 from pipeline.errors import DependencyError, ModelMismatchError
 from pipeline.health import Health
 from pipeline.metrics import Metrics
+from pipeline.servers import Triton as TritonSettings
 
 Probe = Callable[[InferenceServerClient], tuple[Finding, str]]
 """Says how a replica is, and why; bounded in time, and raises nothing."""

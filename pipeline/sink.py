@@ -17,11 +17,11 @@ import structlog
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError
 
-from pipeline.config import Kafka as KafkaSettings
 from pipeline.errors import DependencyError
 from pipeline.events import Event
 from pipeline.health import Health
 from pipeline.metrics import Metrics
+from pipeline.servers import Kafka as KafkaSettings
 
 # The library gives a record up after this time and would then send later ones ahead of it: the order of a key is worth
 # more than a bound that ours (`max_unacknowledged`) already sets. Largest value it takes, 24 days.

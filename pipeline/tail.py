@@ -16,9 +16,9 @@ from kafka import KafkaConsumer
 from kafka.errors import KafkaError
 from kafka.structs import TopicPartition
 
-from pipeline.config import Kafka as KafkaSettings
 from pipeline.errors import DependencyError
 from pipeline.events import decode
+from pipeline.servers import Kafka as KafkaSettings
 
 _UNHEARD = timedelta(minutes=5)
 """How long a worker that Kafka cannot reach may go on speaking of cameras that are another's."""

@@ -23,11 +23,11 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from pipeline.cameras import read_secret
-from pipeline.config import Redis as RedisSettings
 from pipeline.errors import CheckError, ConfigError, DependencyError
 from pipeline.health import Health
 from pipeline.manifest import Manifest
 from pipeline.metrics import Metrics
+from pipeline.servers import Redis as RedisSettings
 from pipeline.types import Threshold, ThresholdSource
 
 KEY = "logicrd:threshold:"

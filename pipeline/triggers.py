@@ -21,11 +21,11 @@ from kafka import KafkaConsumer
 from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
-from pipeline.config import Kafka as KafkaSettings
 from pipeline.errors import DependencyError
 from pipeline.events import Encoder, Event
 from pipeline.health import Health
 from pipeline.metrics import Metrics
+from pipeline.servers import Kafka as KafkaSettings
 from pipeline.stations import Station
 from pipeline.types import Trigger
 from pipeline.wire import TriggerData, decode_trigger

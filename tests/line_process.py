@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pipeline.config import Kafka
+from pipeline.servers import Kafka
 from pipeline.tail import VerdictReader
 
 

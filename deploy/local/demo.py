@@ -26,8 +26,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import Kafka
 from pipeline.errors import DependencyError
+from pipeline.servers import Kafka
 from pipeline.tail import VerdictReader
 
 HERE = Path(__file__).resolve().parent

@@ -27,10 +27,10 @@ import numpy as np
 import yaml
 from serving import BenchmarkError, FusedGraph, endpoints, machine
 
-from pipeline.config import Kafka
 from pipeline.errors import LineError
 from pipeline.events import Encoder, Place
 from pipeline.parts import Parts
+from pipeline.servers import Kafka
 from pipeline.stations import Station, StationView
 from pipeline.tail import VerdictReader
 from pipeline.types import Frame, Inference, Judgement, Scores, Trigger, Verdict, ViewVerdict

@@ -19,7 +19,7 @@ from kafka import KafkaConsumer, KafkaProducer
 from kafka.structs import TopicPartition
 from line_process import LineProcess, received, wait_until
 
-from pipeline.config import Kafka
+from pipeline.servers import Kafka
 from pipeline.tail import VerdictReader
 
 pytestmark = pytest.mark.stack

@@ -20,8 +20,8 @@ import yaml
 from kafka import KafkaProducer
 from line_process import LineProcess, received, wait_until
 
-from pipeline.config import Kafka
 from pipeline.pool import SESSION_S
+from pipeline.servers import Kafka
 from pipeline.tail import VerdictReader
 
 pytestmark = pytest.mark.stack

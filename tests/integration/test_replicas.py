@@ -24,11 +24,11 @@ import numpy as np
 import pytest
 from line_process import LineProcess, received, wait_until
 
-from pipeline.config import Triton as TritonSettings
 from pipeline.health import Health
 from pipeline.inference import InferenceClient
 from pipeline.manifest import read_manifest
 from pipeline.metrics import Metrics
+from pipeline.servers import Triton as TritonSettings
 from pipeline.types import Batch, Cause, Frame, Inference
 
 pytestmark = pytest.mark.stack

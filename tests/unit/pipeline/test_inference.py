@@ -9,11 +9,11 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from pipeline.balance import Fault, Finding
-from pipeline.config import Triton as TritonSettings
 from pipeline.errors import DependencyError
 from pipeline.health import Health
 from pipeline.inference import OUTPUTS, InferenceClient, signature_faults
 from pipeline.metrics import Metrics
+from pipeline.servers import Triton as TritonSettings
 from pipeline.types import Batch, Cause
 
 

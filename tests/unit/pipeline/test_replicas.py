@@ -12,11 +12,11 @@ from tritonclient.grpc import KeepAliveOptions
 from tritonclient.grpc._client import MAX_GRPC_MESSAGE_SIZE
 
 from pipeline.balance import Fault, Finding
-from pipeline.config import Triton as TritonSettings
 from pipeline.errors import DependencyError, ModelMismatchError
 from pipeline.health import Health
 from pipeline.metrics import Metrics
 from pipeline.replicas import CHANNEL, ReplicaPool, resolve
+from pipeline.servers import Triton as TritonSettings
 
 
 class Service:

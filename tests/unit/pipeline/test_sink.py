@@ -2,11 +2,11 @@
 
 import pytest
 
-from pipeline.config import Kafka as KafkaSettings
 from pipeline.errors import DependencyError
 from pipeline.events import Event
 from pipeline.health import Health
 from pipeline.metrics import Metrics
+from pipeline.servers import Kafka as KafkaSettings
 from pipeline.sink import Sink
 
 VIEW = Event("view.v1", b"l1/s1", b"{}", ())

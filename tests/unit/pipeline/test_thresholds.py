@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import Redis as RedisSettings
 from pipeline.errors import ConfigError, DependencyError
 from pipeline.health import Health
 from pipeline.metrics import Metrics
+from pipeline.servers import Redis as RedisSettings
 from pipeline.thresholds import ThresholdCache, ThresholdStore, check_limits, parse
 from pipeline.types import ThresholdSource
 
