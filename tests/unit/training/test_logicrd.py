@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from training.logicrd import LogicRD, Switches, wiring_of
+from training.logicrd import Comparison, LogicRD, Switches, wiring_of
 from training.modules.distances import cosine_distance
+from training.modules.standard import Restore
 from training.normals import features_of
 from training.stages import Method, run_stages
 
@@ -180,6 +181,31 @@ def test_map_measures_in_the_teachers_features(whole, normals):
             assert best < (level - mean[:, None, None]).square().mean()
             assert best <= (level - 1.05 * back).square().mean() + 1e-6
             assert best <= (level - 0.95 * back).square().mean() + 1e-6
+
+
+def test_restore_finds_slope_and_offset_of_each_channel():
+    """Where the rebuilt level is the teacher's, shrunk and shifted; a channel that stands still gives the mean."""
+    torch.manual_seed(0)
+    level = torch.randn(6, 3, 4, 4) * torch.tensor([0.1, 1.0, 20.0])[:, None, None] + 2
+    rebuilt = 0.3 * level - 1
+    rebuilt[:, 1] = 0.7
+    restore = Restore(3)
+    restore.settle(zip(rebuilt.split(4), level.split(4), strict=True))
+    back = restore(rebuilt)
+    assert back[:, ::2].numpy() == pytest.approx(level[:, ::2].numpy(), abs=1e-2)
+    assert back[:, 1].numpy() == pytest.approx(float(level[:, 1].mean()), abs=1e-4)
+
+
+def test_map_sees_what_is_missing():
+    """Half of a level is gone at one place: its direction is right there, so the cosine is blind, not the square."""
+    levels = [torch.rand(1, 8, side, side) + 1 for side in (16, 8, 4)]
+    rebuilt = [level.clone() for level in levels]
+    rebuilt[1][:, :, 3, 5] *= 2
+    maps = Comparison((8, 8, 8), 64).distances(*levels, *rebuilt)
+    assert [found.shape for found in maps] == [(1, 2, side, side) for side in (16, 8, 4)]
+    assert maps[1][0, 0].abs().max() < 1e-5
+    assert np.unravel_index(int(maps[1][0, 1].argmax()), (8, 8)) == (3, 5)
+    assert maps[0].abs().max() < 1e-5
 
 
 def test_map_does_not_see_the_scale_of_the_student(whole, normals):
