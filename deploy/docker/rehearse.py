@@ -160,10 +160,11 @@ class Rehearsal:
 
 
 def copy_tree(source: Path, destination: Path) -> None:
-    """Copy what a folder holds, links and rights included, without Python's caches."""
-    shutil.copytree(
-        source, destination, symlinks=True, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
-    )
+    """Copy what a folder holds with links, rights and device files as they are, without Python's caches."""
+    destination.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["cp", "--archive", "--reflink=auto", f"{source}/.", str(destination)], check=True)
+    for cache in [*destination.rglob("__pycache__")]:
+        shutil.rmtree(cache)
 
 
 def run(stage: Stage, command: list[str], *, quiet: bool = True) -> subprocess.CompletedProcess[str]:
