@@ -11,7 +11,7 @@ ARG BASE=debian:bookworm-slim@sha256:d5d3f9c23164ea16f31852f95bd5959aad1c5e85433
 FROM ${BASE} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends python3 python3-venv \
+ && apt-get install --yes --no-install-recommends binutils python3 python3-venv \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/logicrd
 COPY requirements/pipeline.txt requirements/build.txt requirements/
@@ -25,7 +25,8 @@ COPY training source/training
 RUN tools/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir wheels ./source \
  && venv/bin/python -m pip install --no-deps wheels/*.whl \
  && rm -rf venv/lib/python3.11/site-packages/training venv/bin/logicrd-train \
- && venv/bin/python -m pip uninstall --yes setuptools pip
+ && venv/bin/python -m pip uninstall --yes setuptools pip \
+ && find venv -name '*.so*' -type f -exec strip --strip-unneeded {} +
 
 FROM ${BASE} AS base
 # Python 3.11 is Debian's own: GenICam cameras are read by it too, with Aravis and its bindings.
