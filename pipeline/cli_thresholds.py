@@ -128,7 +128,10 @@ def thresholds_export(
     store = ThresholdStore(settings.redis)
     records = {product: fields for product in read_manifests(settings) if (fields := store.get(product))}
     document = limits.to_document(records)
-    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True) if not as_json else json.dumps(document) + "\n"
+    if as_json:  # with its characters as they are: YAML, as which it is read again, joins no halves of one
+        text = json.dumps(document, ensure_ascii=False, indent=1) + "\n"
+    else:
+        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
     if out is None:
         sys.stdout.write(text)
         return

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError, DependencyError
 from pipeline.health import Health
+from pipeline.limits import Change, check_limits, parse
 from pipeline.metrics import Metrics
 from pipeline.servers import Redis as RedisSettings
-from pipeline.limits import Change, check_limits, parse
 from pipeline.threshold_store import ThresholdStore
 from pipeline.thresholds import ThresholdCache
 from pipeline.types import ThresholdSource
