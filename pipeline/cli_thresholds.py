@@ -189,6 +189,8 @@ def thresholds_policy(
     as_json: Json = False,
 ) -> None:
     """Show, or set, the rule by which limits come into force."""
+    if not 1 / 60 <= expiry_h <= 720:  # as above, where NaN passes
+        raise typer.BadParameter("--expiry-h is a finite number of hours")
     store = ThresholdStore(configuration.load(config).redis)
     if two_person is not None:
         rule = Policy(approvals=2 if two_person else 1, expiry_s=round(expiry_h * 3600), people=people)

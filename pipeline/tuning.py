@@ -153,7 +153,7 @@ def doubts(parts: Sequence[tuple[bool, float]], manifest: Manifest, ng_rate: flo
     needed = math.ceil(math.log((1 - CONFIDENCE) / 2) / math.log1p(-ng_rate)) if 0 < ng_rate < 1 else 0
     if len(good) < needed:
         found.append(
-            f"{len(good)} good parts cannot show a rate of {ng_rate:.2g}: that takes {needed} without an alarm"
+            f"{len(good)} good parts are too few to show a rate of {ng_rate:.2g}: {needed} without a false alarm would"
         )
     if not bad:
         found.append("no bad part was reviewed: nothing is known of misses")

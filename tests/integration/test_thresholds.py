@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from contextlib import closing, contextmanager
@@ -18,7 +17,7 @@ import yaml
 from line_process import LineProcess, received
 from redis_server import RedisServer, make_certificates
 
-from pipeline import limits
+from pipeline import cli, limits
 from pipeline.errors import CheckError, ConfigError, DependencyError
 from pipeline.health import Health
 from pipeline.limits import Change
@@ -469,15 +468,30 @@ def test_limits_travel_in_a_file(server, store_of, manifest):
     assert anna.get(product)["ng"] == "8.5"
 
 
-def logicrd(*arguments):
-    command = [sys.executable, "-m", "pipeline.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+@pytest.fixture
+def logicrd(monkeypatch, capsys):
+    """Run the command, in this process, as a shell would; gives exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["logicrd", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        return caught.value.code, captured.out, captured.err
+
+    return run
 
 
-def answered(*arguments):
-    done = logicrd(*arguments, "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture
+def answered(logicrd):
+    """Run the command, which has to succeed; gives its JSON."""
+
+    def run(*arguments):
+        code, out, err = logicrd(*arguments, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return run
 
 
 @pytest.fixture
@@ -491,8 +505,8 @@ def line_of(server, line_file):
     return write
 
 
-def test_the_commands_tell_the_story_of_a_limit(server, line_of, tmp_path):
-    """Set, rolled back, exported, lost, imported: each step has an author and a version, and none is ever given twice."""
+def test_the_commands_tell_the_story_of_a_limit(server, line_of, logicrd, answered, tmp_path):
+    """Set, rolled back, exported, lost, imported: each step has an author and a version, and none is given twice."""
     path = line_of("anna")
     told = ("-c", path, "--author", "Anna", "--reason")
     answered("thresholds", "set", "cable-set", "--ng", "7.5", "--review", "5", *told, "first")
@@ -500,7 +514,7 @@ def test_the_commands_tell_the_story_of_a_limit(server, line_of, tmp_path):
     row = answered("thresholds", "rollback", "cable-set", *told, "overkill was better")["after"]
     assert (row["ng"], row["review"], row["version"]) == ("7.5", "5.0", "3")
     assert row["reason"] == "rollback to version 1: overkill was better"
-    assert logicrd("thresholds", "export", "-c", path, "--out", tmp_path / "limits.yaml").returncode == 0
+    assert logicrd("thresholds", "export", "-c", path, "--out", tmp_path / "limits.yaml")[0] == 0
     again = ("thresholds", "import", tmp_path / "limits.yaml", "-c", path, "--author", "Ben")
     assert answered(*again)["changes"] == []
     server.admin().flushall()
@@ -508,8 +522,8 @@ def test_the_commands_tell_the_story_of_a_limit(server, line_of, tmp_path):
     assert answered("thresholds", "get", "cable-set", "-c", path)["source"] == "manifest"
     assert answered(*again)["changes"][0]["version"] == "4"
     answered("thresholds", "set", "cable-set", "--ng", "9", *told, "third")
-    refused = logicrd(*again)
-    assert (refused.returncode, "version 3, Redis has version 5" in refused.stderr) == (5, True)
+    code, _, err = logicrd(*again)
+    assert (code, "version 3, Redis has version 5" in err) == (5, True)
     history = answered("thresholds", "history", "cable-set", "-c", path)
     assert [(each["version"], each["action"], each["updated_by"]) for each in history] == [
         ("5", "set", "Anna"),
@@ -517,25 +531,25 @@ def test_the_commands_tell_the_story_of_a_limit(server, line_of, tmp_path):
     ]
 
 
-def test_the_commands_keep_the_two_person_rule(line_of):
-    """`set` says that it only proposes and how to approve; the proposer is refused with exit 5, the second person not."""
+def test_the_commands_keep_the_two_person_rule(line_of, logicrd, answered):
+    """`set` says that it only proposes and how to approve; the proposer is refused with exit 5, a second person not."""
     anna, ben, quinn = (line_of(user) for user in ("anna", "ben", "quinn"))
-    refused = logicrd("thresholds", "policy", "--one-person", "-c", anna)
-    assert (refused.returncode, "lacks a right" in refused.stderr) == (4, True)
+    code, _, err = logicrd("thresholds", "policy", "--one-person", "-c", anna)
+    assert (code, "lacks a right" in err) == (4, True)
     rule = answered("thresholds", "policy", "--two-person", "--people", "users", "--expiry-h", "2", "-c", quinn)
     assert rule == {"approvals": 2, "expiry_s": 7200, "people": "users"}
-    done = logicrd("thresholds", "set", "cable-set", "--ng", "7.5", "--author", "Anna", "-c", anna)
+    _, out, _ = logicrd("thresholds", "set", "cable-set", "--ng", "7.5", "--author", "Anna", "-c", anna)
     (waiting,) = answered("thresholds", "proposals", "-c", ben)
-    assert f"logicrd thresholds approve cable-set {waiting['id']}" in done.stdout
+    assert f"logicrd thresholds approve cable-set {waiting['id']}" in out
     approve = ("thresholds", "approve", "cable-set", waiting["id"], "--author")
-    assert logicrd(*approve, "Ben", "-c", anna).returncode == 5
-    assert logicrd(*approve, "Anna", "-c", ben).returncode == 5
+    assert logicrd(*approve, "Ben", "-c", anna)[0] == 5
+    assert logicrd(*approve, "Anna", "-c", ben)[0] == 5
     row = answered(*approve, "Ben", "-c", ben)
     assert (row["ng"], row["updated_by"], row["approved_by"], row["version"]) == ("7.5", "Anna", "Ben", "1")
     assert answered("thresholds", "proposals", "-c", ben) == []
 
 
-def test_a_record_that_is_not_used_is_shown_as_such(server, line_of):
+def test_a_record_that_is_not_used_is_shown_as_such(server, line_of, answered):
     """`get` and `list` show what a line would take, and why it is not what Redis holds."""
     path = line_of("anna")
     answered("thresholds", "set", "cable-set", "--ng", "7.5", "-c", path)
@@ -548,7 +562,7 @@ def test_a_record_that_is_not_used_is_shown_as_such(server, line_of):
 
 
 @pytest.mark.stack
-def test_a_preview_and_a_suggestion_know_the_parts_of_the_past(stack, line_file, tmp_path):
+def test_a_preview_and_a_suggestion_know_the_parts_of_the_past(stack, line_file, answered, tmp_path):
     """Of parts that a real line judged: `--dry-run` names exactly those that flip, `suggest` takes their scores."""
     made = line_file(stack)
     rng = np.random.default_rng(3)

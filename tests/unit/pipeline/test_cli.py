@@ -44,7 +44,9 @@ def logicrd(monkeypatch, capsys):
         ["thresholds", "set"],
         ["thresholds", "approve", "tray"],
         ["thresholds", "suggest", "tray", "--false-alarms-per-hour", "1"],
+        ["thresholds", "suggest", "tray", "--parts-per-hour", "nan"],
         ["thresholds", "policy", "--people", "everybody"],
+        ["thresholds", "policy", "--two-person", "--expiry-h", "nan"],
         ["verdicts", "tail", "--verdict", "MAYBE"],
     ],
 )

@@ -239,7 +239,7 @@ def test_doubts_are_told(make_manifest):
     manifest = make_manifest()
     told = " ".join(tuning.doubts([(True, 5.0)] * 10, manifest, 0.01))
     assert "only alarms were reviewed" in told
-    assert "cannot show a rate of 0.01" in told
+    assert "too few to show a rate of 0.01: 368 without" in told
     assert "no bad part" in told
     sound = [(True, 0.1)] * 400 + [(False, 9.0)]
     assert tuning.doubts(sound, manifest, 0.01) == []
