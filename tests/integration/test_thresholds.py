@@ -18,6 +18,7 @@ from line_process import LineProcess, received
 from redis_server import RedisServer, make_certificates
 
 from pipeline import cli, limits
+from pipeline.cli_thresholds import threshold_doubts
 from pipeline.errors import CheckError, ConfigError, DependencyError
 from pipeline.health import Health
 from pipeline.limits import Change
@@ -549,15 +550,18 @@ def test_the_commands_keep_the_two_person_rule(line_of, logicrd, answered):
     assert answered("thresholds", "proposals", "-c", ben) == []
 
 
-def test_a_record_that_is_not_used_is_shown_as_such(server, line_of, answered):
-    """`get` and `list` show what a line would take, and why it is not what Redis holds."""
+def test_a_record_that_is_not_used_is_shown_as_such(server, line_of, store_of, manifest, answered):
+    """`get`, `list` and `check` say what a line would take, and why it is not what Redis holds."""
     path = line_of("anna")
     answered("thresholds", "set", "cable-set", "--ng", "7.5", "-c", path)
     spoil(server, f"{KEY}cable-set", {"ng": "nan"})
     (row,) = answered("thresholds", "list", "-c", path)
     assert (row["source"], row["version"]) == ("manifest", 0)
     assert "ng='nan'" in row["reason"]
+    (doubt,) = threshold_doubts(store_of("line"), [manifest])
+    assert "threshold of cable-set: not a threshold: ng='nan'" in doubt
     answered("thresholds", "rollback", "cable-set", "--to", "1", "-c", path)
+    assert threshold_doubts(store_of("line"), [manifest]) == []
     assert answered("thresholds", "get", "cable-set", "-c", path)["ng"] == "7.5"
 
 
