@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from contextlib import closing, contextmanager
@@ -367,6 +369,21 @@ def test_a_restarted_redis_is_followed_again(tmp_path, manifest):
             server.start()
             anna.write([change(manifest, 8.5)], author="Anna")
             until(lambda: cache.get(manifest.product).ng == 8.5)
+
+
+def test_a_redis_that_hangs_is_missed_within_seconds(server, store_of, manifest, watching):
+    """It takes connections and says nothing: the last good limits hold, and a start takes them from disk."""
+    product = manifest.product
+    store_of("anna").write([change(manifest, 7.5)], author="Anna")
+    with watching(refresh_s=0.2) as cache:
+        os.kill(server.process.pid, signal.SIGSTOP)
+        try:
+            until(lambda: cache.get(product).source is ThresholdSource.CACHE)
+            with watching() as another:
+                assert (another.get(product).ng, another.get(product).source) == (7.5, ThresholdSource.FILE)
+        finally:
+            os.kill(server.process.pid, signal.SIGCONT)
+        until(lambda: cache.get(product).source is ThresholdSource.REDIS)
 
 
 def test_an_older_versions_record_and_snapshot_are_read(server, store_of, manifest, watching, tmp_path):
