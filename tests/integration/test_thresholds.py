@@ -285,6 +285,17 @@ def test_fields_that_nobody_asked_for_do_no_harm(server, store_of, manifest, wat
         store_of("anna").get(product)
 
 
+def test_a_row_of_nines_ends_no_product(server, store_of, manifest, watching):
+    """After the highest version that can be counted on from, limits still come into force."""
+    product, anna = manifest.product, store_of("anna")
+    anna.write([change(manifest, 7.5)], author="Anna")
+    with watching(refresh_s=600) as cache:
+        spoil(server, KEY + product, {"version": "9" * 14})
+        for ng in (8.5, 9.5):
+            anna.write([change(manifest, ng)], author="Anna")
+            until(lambda ng=ng: cache.get(product).ng == ng)
+
+
 @pytest.mark.parametrize("kind", ["string", "list", "set"])
 def test_a_key_of_another_type_is_healed(server, store_of, manifest, watching, kind):
     """A key that is no hash costs that product its record and nobody the line; `set` replaces it."""
