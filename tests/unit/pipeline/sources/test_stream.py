@@ -130,7 +130,7 @@ def test_after_a_damaged_frame_none_counts_until_a_key_frame(read):
 
 
 def test_frames_before_the_first_key_frame_are_not_lost_in_silence(read, tmp_path):
-    """Joined in the middle of a group, a stream begins with frames that show nothing: each is told, with its part id."""
+    """A stream that is joined between two key frames begins with some that show nothing: each is told, with its id."""
     stamped, bare = h264(ids(12), key_every=8), h264([None] * 12, key_every=8)
     assert read(b"".join(stamped[3:])) == [f"{'!' if number < 8 else ''}p-{number}" for number in range(3, 12)]
     path = tmp_path / "bare.h264"
