@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from line_process import wait_until
+from line_process import children, wait_until
 from reading import reading
 from simulated import SIMULATE, serving, simulation
 
@@ -46,19 +46,6 @@ def write_playlist(folder: Path, colours: range | list[int]) -> Path:
     path = folder / "list.json"
     path.write_text(f"[{', '.join(entries)}]")
     return path
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process started."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
 
 
 def camera_processes() -> list[int]:
