@@ -86,7 +86,6 @@ class Line:
             health=self.health,
             settled=self._triggers.settled,
         )
-        self._slots = threading.BoundedSemaphore(config.triton.max_in_flight)
         self._stop_dispatch = threading.Event()
         self.cameras = Readers(
             self._manifests,
@@ -221,15 +220,14 @@ class Line:
     # Dispatcher thread
 
     def _dispatch(self) -> None:
-        """Form a batch whenever the server has a slot: the busier it is, the larger they become."""
+        """Form a batch whenever a replica has room for one: the busier they are, the larger it becomes."""
         while not self._stop_dispatch.is_set():
             self.health.beat("dispatcher")
-            if not self._slots.acquire(timeout=0.5):
+            if not self._inference.wait_for_room(0.5):
                 continue
             batch = self._batcher.take(timeout_s=0.25)
             live = self._in_time(batch.frames) if batch is not None else ()
             if batch is None or not live:
-                self._slots.release()
                 continue
             try:
                 self._inference.submit(replace(batch, frames=live), self._answered)
@@ -252,7 +250,6 @@ class Line:
 
     def _answered(self, inferences: list[Inference]) -> None:
         """Take a batch's answers from gRPC's thread."""
-        self._slots.release()
         first = inferences[0]
         if first.sent_s is not None and first.received_s is not None:
             took_s = first.received_s - first.sent_s

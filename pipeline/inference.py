@@ -88,6 +88,10 @@ class InferenceClient:
         """Close every connection; answers under way come back as `triton_unavailable`."""
         self._pool.close()
 
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Wait until a replica has room for a batch; True at once when none is in use, which `submit` then says."""
+        return self._pool.wait_for_room(timeout_s)
+
     def submit(self, batch: Batch, done: Done) -> None:
         """Send a batch; `done` gets one inference a frame, later, on another thread.
 

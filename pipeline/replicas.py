@@ -104,6 +104,11 @@ class ReplicaPool:
             if thread.is_alive():
                 thread.join(_JOIN_S)
 
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Wait until a replica holds fewer than `max_in_flight` batches; True at once when none is in use."""
+        with self._changed:
+            return self._changed.wait_for(self._has_room, timeout_s)
+
     def take(self, avoid: Replica | None = None) -> tuple[Replica, InferenceServerClient] | None:
         """Give the replica for the next request, another than `avoid` where there is one; None when all are down."""
         with self._changed:
@@ -117,6 +122,7 @@ class ReplicaPool:
             before = replica.standing
             again = self._balance.give_back(replica, fault, words, time.monotonic(), first_try=first_try)
             self._note(replica, before)
+            self._changed.notify_all()
         return again
 
     # Thread for names
@@ -217,6 +223,10 @@ class ReplicaPool:
         count = len(self._balance.up)
         self._metrics.triton_replicas_up.set(count)
         self._health.ready("triton", state=count > 0)
+
+    def _has_room(self) -> bool:
+        up = self._balance.up
+        return not up or any(replica.in_flight < self._settings.max_in_flight for replica in up)
 
     def _settled(self) -> bool:
         """Whether waiting longer at the start is of no use."""
