@@ -50,7 +50,12 @@ class Line:
         # Workers that start in the same second give different names to the parts of a camera that moves between them.
         run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
         self._place = Place(
-            config.site, config.area, config.line, worker=f"{socket.gethostname()}-{run}", budget_ms=config.budget_ms
+            config.site,
+            config.area,
+            config.line,
+            worker=f"{socket.gethostname()}-{run}",
+            budget_ms=config.budget_ms,
+            pool=None if config.pool is None else config.pool.name,
         )
         self.metrics = Metrics()
         self.health = Health()

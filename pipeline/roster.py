@@ -179,6 +179,16 @@ def difference(
     return [change for change in changes if change is not None]
 
 
+def table_rows(present: Mapping[Place, bytes]) -> list[dict[str, Any]]:
+    """Give each camera of the topic, with its pool, as a row of words; of a record that is no camera the id alone."""
+    rows: dict[str, dict[str, Any]] = {}
+    for (_, name), value in sorted(present.items()):
+        entry = _present(value)
+        known = {} if entry is None else {"pool": entry.pool, **entry.camera.model_dump(mode="json")}
+        rows.setdefault(name, {"id": name, "pool": "", **known})
+    return sorted(rows.values(), key=lambda row: (row["pool"], row["id"]))
+
+
 def _change(
     entry: PoolCamera, home: int, present: Mapping[Place, bytes], known: Mapping[Place, PoolCamera | None]
 ) -> Change | None:
