@@ -29,6 +29,7 @@ def cameras_list(config: Config = CONFIG_FILE, as_json: Json = False) -> None:
     none = {"state": "never reported"}
     cameras: list[dict[str, Any]] = [camera.model_dump(mode="json") for camera in settings.cameras]
     columns = ["id", "type", "product", "station", "overflow", "state", "reason", "since"]
+    unknown = "states are" if settings.pool is None else "states and the cameras of pools are"
     try:
         if settings.pool is not None:
             cameras += table_rows(PoolTopic(settings.kafka).read()[0])
@@ -36,7 +37,7 @@ def cameras_list(config: Config = CONFIG_FILE, as_json: Json = False) -> None:
         states = camera_states(settings.kafka, f"/{settings.site}/{settings.area}/{settings.line}")
     except DependencyError as error:
         none = {"state": "unknown"}
-        stderr.print(f"states are unknown: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        stderr.print(f"{unknown} unknown: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     rows = [camera | none | states.get(camera["id"], {}) for camera in cameras]
     answer(rows, as_json, table_of(rows, columns))
 

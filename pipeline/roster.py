@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.cameras import Block, Camera, Name
+from pipeline.config import nearest
 from pipeline.errors import ConfigError
 
 DEFAULT_POOL = "default"
@@ -128,7 +129,7 @@ def read_record(key: bytes | None, value: bytes, pool: str) -> Camera | Refusal 
     """Read a record as a worker of `pool` does; None for another pool's camera. Nothing in a record is trusted."""
     try:
         document = _object(value)
-        if _pool_of(document) != pool:
+        if _pool_of(document, "record") != pool:
             return None
         camera = parse(document, "record").camera
     except ConfigError as error:
@@ -159,11 +160,15 @@ def parse(document: object, place: str) -> PoolCamera:
         raise ConfigError(f"{place}: a camera is a mapping of keys, not {type(document).__name__}")
     block = {key: value for key, value in document.items() if key != "pool"}
     try:
-        return PoolCamera(_pool_of(document), _CAMERA.validate_python(block))
+        return PoolCamera(_pool_of(document, place), _CAMERA.validate_python(block))
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(step) for step in fault["loc"][1:]) or "type"
-        raise ConfigError(f"{place}: {where}: {fault['msg'].removeprefix('Value error, ')}") from None
+        steps = fault["loc"][1:]
+        where = ".".join(str(step) for step in steps) or "type"
+        words = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            words = f"unknown key{nearest(str(steps[-1]), ['cameras', *steps[:-1]])}"
+        raise ConfigError(f"{place}: {where}: {words}") from None
 
 
 def difference(
@@ -255,11 +260,11 @@ def _present(value: bytes) -> PoolCamera | None:
         return None
 
 
-def _pool_of(document: Mapping[str, Any]) -> str:
+def _pool_of(document: Mapping[str, Any], place: str) -> str:
     try:
         return _Pool.model_validate({key: value for key, value in document.items() if key == "pool"}).pool
     except ValidationError:
-        raise ConfigError("pool: a name of letters, digits, '_', '.' and '-'") from None
+        raise ConfigError(f"{place}: pool: a name of letters, digits, '_', '.' and '-'") from None
 
 
 def _object(value: bytes) -> dict[str, Any]:
