@@ -236,20 +236,21 @@ def test_a_camera_that_is_moved_to_another_pool_is_read_there_alone(pool, tmp_pa
     playlist = tmp_path / "list.json"
     playlist.write_text(json.dumps([{"path": f"pictures/{n}.png", "part_id": f"p{n}"} for n in range(3)]))
     with simulation({"c": playlist}, tmp_path, "--rate", "2", "--loop") as cameras:
-        camera = {"id": f"{pool.name}.rtsp", "type": "rtsp", "url": cameras.addresses["c"], "product": pool.product}
+        camera = {"id": f"{pool.name}.1", "type": "rtsp", "url": cameras.addresses["c"], "product": pool.product}
         here, there = ({**camera, "station": "s", "pool": name} for name in (pool.name, pool.other))
         pool.apply([here])
         with pool.worker("a") as first, pool.worker("other") as second:
-            wait_until(lambda: len(pool.verdicts()) > 3, 60, "verdicts")
+            wait_until(lambda: '"camera streaming"' in first.log(), 60, "a camera that is read")
             row = pool.listed()[camera["id"]]
             before = row["worker"]
             assert (row["pool"], row["state"]) == (pool.name, "streaming")
             assert [change["change"] for change in pool.apply([there])] == ["changed"]
-            wait_until(lambda: len({data["worker"] for data in pool.verdicts()}) == 2, 60, "verdicts of both")
+            wait_until(lambda: '"camera streaming"' in second.log(), 60, "a camera that is read by the other worker")
             row = pool.listed()[camera["id"]]
             assert (row["pool"], row["state"]) == (pool.other, "streaming")
             assert row["worker"] != before
             summaries = first.stop(), second.stop()
+            assert '"reason": "removed"' in first.log()
     verdicts = pool.verdicts()
     assert len(verdicts) == sum(summary["triggered"] for summary in summaries)
     assert [len({data[key] for data in verdicts}) for key in ("partId", "inspectionId")] == [len(verdicts)] * 2
