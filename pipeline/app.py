@@ -1,8 +1,9 @@
 """The composition root: builds the stages of one line, wires them with queues, starts, drains and stops them.
 
 Threads: one reader a camera -> batcher -> one dispatcher -> gRPC's own -> one judge -> one publisher, one for pictures,
-one for thresholds, one for triggers where a station asks for them, one for the pool of cameras. A part is opened when
-its frame is captured or its trigger comes, and gets exactly one verdict. Called by the command line and by tests.
+one for thresholds, one for triggers where a station asks for them, two with a pool: its cameras, new products. A part
+is opened when its frame is captured or its trigger comes, and gets exactly one verdict. Called by the command line and
+by tests.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pipeline.inference import InferenceClient
 from pipeline.judge import TICK_S, Judge
 from pipeline.manifest import Manifest, products_in, read_manifest
 from pipeline.metrics import LineSnapshot, Metrics
+from pipeline.newcomers import Newcomers
 from pipeline.parts import Parts
 from pipeline.pool import CameraPool
 from pipeline.readers import Readers
@@ -110,6 +112,7 @@ class Line:
         self._pool: CameraPool | None = None
         if config.pool is not None:
             self._pool = CameraPool(config.kafka, config.pool, self.cameras, metrics=self.metrics, health=self.health)
+        self._newcomers = Newcomers(config.triton.models_repo, self._manifests, self._inference, self._thresholds)
         self._dispatcher = threading.Thread(target=self._dispatch, name="dispatcher", daemon=True)
         self._page: HealthPage | None = None
 
@@ -141,6 +144,7 @@ class Line:
         self._triggers.start()
         if self._pool is not None:
             self._pool.start(list(self.cameras.names))
+            self._newcomers.start()
         gc.collect()
         gc.freeze()  # what is here now stays: the collections of the judge look at the frames' garbage only
         log.info("line started", line=self._config.line, cameras=len(self._config.cameras), products=[*self._manifests])
@@ -157,6 +161,7 @@ class Line:
     def close(self) -> LineSnapshot:
         """Stop the cameras, let every open part get its verdict, deliver what is left; gives the last figures."""
         self._triggers.stop()
+        self._newcomers.close()
         if self._pool is not None:
             self._pool.stop()
         self.cameras.stop()

@@ -80,6 +80,25 @@ class InferenceClient:
         self._optional = frozenset()
         return lacking
 
+    def learn(self, manifest: Manifest) -> str:
+        """Take one more product, once every replica in use serves it and has judged a black picture of it.
+
+        Gives why that is not so, '' when the product is taken; from then on every replica has to serve it. Blocks for
+        the probes.
+        """
+        in_use = self._pool.in_use()
+        for replica, client in in_use:
+            for look in (self._signature, self._canary):
+                finding, words = look(client, manifest)
+                if finding is not Finding.GOOD:
+                    return f"Triton at {replica.address}: {words}"
+        if not in_use:
+            return "no replica of Triton is in use"
+        model = Model(manifest.product, str(manifest.version), manifest.model_sha256)
+        self._models = {**self._models, manifest.product: model}
+        self._manifests = {**self._manifests, manifest.product: manifest}
+        return ""
+
     def require_all(self) -> list[str]:
         """Give the address of every replica; raises as `start` does when one of them is not good."""
         return self._pool.require_all()

@@ -93,6 +93,11 @@ class ReplicaPool:
                 self._complain(bad)
             return [replica.address for replica in self._balance.replicas]
 
+    def in_use(self) -> list[tuple[Replica, InferenceServerClient]]:
+        """List the replicas that get batches, each with its channel."""
+        with self._changed:
+            return [(replica, self._clients[replica]) for replica in self._balance.up]
+
     def close(self) -> None:
         """Close every channel; requests under way end as cancelled."""
         self._stop.set()

@@ -121,7 +121,7 @@ def _product_unknown(product: str, products: Collection[str]) -> Refusal:
     return Refusal(
         "product_unknown",
         f"product {product!r} is not served here; there are: {', '.join(sorted(products)) or 'none'}",
-        "export the product, let Triton load it and start this worker again, or correct the camera",
+        "export the product and let Triton load it: the camera is read then; or correct the camera",
     )
 
 

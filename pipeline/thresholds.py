@@ -34,6 +34,7 @@ KEY = "logicrd:threshold:"
 CHANNEL = "logicrd:thresholds"
 HISTORY_LENGTH = 1000
 _TIMEOUT_S = 0.5
+_LEARN_S = 5.0
 _STAGE = "thresholds"
 
 # Compare-and-set on the version: two engineers who change the same product never overwrite each other unseen.
@@ -168,6 +169,14 @@ class ThresholdCache:
             log.warning("Redis is down: last known good thresholds from disk", error=str(error))
         self._thread.start()
 
+    def learn(self, manifest: Manifest) -> bool:
+        """Follow the limits of one more product; says whether they are known, after at most `_LEARN_S`."""
+        self._manifests = {**self._manifests, manifest.product: manifest}
+        until = time.monotonic() + _LEARN_S
+        while manifest.product not in self._current and time.monotonic() < until:
+            self._stop.wait(0.05)
+        return manifest.product in self._current
+
     def close(self) -> None:
         """End the thread."""
         self._stop.set()
@@ -197,7 +206,8 @@ class ThresholdCache:
             while not self._stop.is_set():
                 self._beat()
                 message = changes.get_message(timeout=0.25)
-                if message is not None or time.monotonic() - self._read_s >= self._settings.refresh_s:
+                is_due = time.monotonic() - self._read_s >= self._settings.refresh_s
+                if message is not None or is_due or self._manifests.keys() - self._current.keys():
                     self._read()
 
     def _beat(self) -> None:

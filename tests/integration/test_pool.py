@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -26,6 +28,7 @@ from pipeline.servers import Kafka
 from pipeline.tail import VerdictReader
 
 pytestmark = pytest.mark.stack
+MODELS = Path(__file__).resolve().parents[2] / "models_repo"
 
 
 @pytest.fixture
@@ -257,6 +260,28 @@ def test_a_camera_that_is_moved_to_another_pool_is_read_there_alone(pool, tmp_pa
     by_pool = {data["pool"]: data["worker"] for data in verdicts}
     assert (by_pool[pool.name], by_pool[pool.other]) == (before, row["worker"])
     assert all(data["epoch"] > 0 for data in verdicts)
+
+
+def test_a_product_that_comes_later_is_judged_without_a_restart(pool, tmp_path):
+    """Its camera is refused as long as the repository lacks it, and read once it is there and Triton serves it."""
+    models = tmp_path / "models"
+    for manifest in MODELS.glob("*/manifest.json"):
+        (models / manifest.parent.name).mkdir(parents=True)
+    first, second = (tmp_path / "models" / path.parent.name for path in sorted(MODELS.glob("*/manifest.json"))[:2])
+    shutil.copy(MODELS / second.name / "manifest.json", second)
+    pool.files["a"].settings["triton"] = {"models_repo": str(models)}
+    pool.apply([pool.camera(1, product=first.name, rate=1.0)])
+    with pool.worker("a") as line:
+        wait_until(lambda: '"product_unknown"' in line.log(), 60, "a camera that is refused")
+        (first / "manifest.json").write_text("{")
+        wait_until(lambda: '"new product not judged yet"' in line.log(), 60, "a product that is no good")
+        shutil.copy(MODELS / first.name / "manifest.json", first)
+        wait_until(lambda: '"camera streaming"' in line.log(), 60, "the camera is read")
+        summary = line.stop()
+    assert summary["triggered"] == summary["acknowledged"] > 0
+    data = pool.verdicts()[0]
+    assert (data["productId"], data["model"]["name"]) == (first.name, first.name)
+    assert data["threshold"] is not None
 
 
 def test_a_worker_goes_on_reading_while_kafka_is_away(pool, stack):
