@@ -78,6 +78,8 @@ class InferenceClient:
             log.error("product left out", product=product, error=self._faults.get(product, "not served"))
         self._manifests = {name: manifest for name, manifest in self._manifests.items() if name not in lacking}
         self._optional = frozenset()
+        if optional:  # one that was asked before another showed what it serves has to show the same
+            self._pool.probe_again()
         return lacking
 
     def learn(self, manifest: Manifest) -> str:

@@ -98,6 +98,11 @@ class ReplicaPool:
         with self._changed:
             return [(replica, self._clients[replica]) for replica in self._balance.up]
 
+    def probe_again(self) -> None:
+        """Ask every replica in use once more how it is."""
+        with self._changed:
+            self._balance.suspect_all(time.monotonic())
+
     def close(self) -> None:
         """Close every channel; requests under way end as cancelled."""
         self._stop.set()

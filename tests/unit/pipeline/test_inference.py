@@ -221,7 +221,10 @@ def test_a_product_that_another_replica_serves_may_not_be_lacking(make_manifest,
         assert client._probe(Replica("must", "some"))[0] is Finding.GOOD
 
     monkeypatch.setattr(client._pool, "start", start)
+    again = []
+    monkeypatch.setattr(client._pool, "probe_again", lambda: again.append(True))
     assert client.start(optional=["some", "none"]) == ["none"]
+    assert again == [True]
     assert client._probe(Replica("must"))[0] is Finding.FAILED
     assert client._probe(Replica("must", "some"))[0] is Finding.GOOD
     client.close()
