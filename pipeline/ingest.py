@@ -67,6 +67,7 @@ class CameraReader:
         self._reason = ""
         self._last_count: int | None = None
         self._is_keyless = False
+        self._frame_fault = ""
         # The last picture's digest, and since when it has been the same.
         self._still: tuple[int, float] | None = None
         self._stage = f"camera {camera.id}"
@@ -211,6 +212,7 @@ class CameraReader:
                 FrameError(wrong, part_id=picture.part_id, part_id_source=picture.part_id_source), picture
             )
             return
+        self._frame_fault = ""
         image = picture.image if view is None else cut_region(picture.image, view.crop, view.rotate, self._inside)
         image = to_model_size(image, *self._model_size)
         self._accept(
@@ -223,7 +225,9 @@ class CameraReader:
         )
 
     def _hand_over_fault(self, error: FrameError, picture: Picture | None = None) -> None:
-        log.warning("frame not usable", camera=self._camera.id, cause=Cause.FRAME_CORRUPT.value, error=str(error))
+        if str(error) != self._frame_fault:  # once a spell: a camera of the wrong size would fill the log
+            self._frame_fault = str(error)
+            log.warning("frame not usable", camera=self._camera.id, cause=Cause.FRAME_CORRUPT.value, error=str(error))
         captured_at = picture.captured_at if picture is not None else datetime.now(UTC)
         captured_s = picture.captured_s if picture is not None else time.monotonic()
         trigger_count = picture.trigger_count if picture is not None else error.trigger_count

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pytest
+import structlog
 from PIL import Image
 
 from pipeline.cameras import FolderCamera, GenicamCamera, RtspCamera
@@ -112,6 +113,14 @@ def test_a_picture_of_another_size_is_a_frame_with_a_cause(line, folder):
         ("b.png", Cause.FRAME_CORRUPT),
         ("c.png", None),
     ]
+
+
+def test_a_fault_of_every_frame_is_said_once_a_spell(line, folder):
+    """All pictures of the wrong size are one line of the log, not one each; each is a frame with its cause."""
+    with structlog.testing.capture_logs() as said:
+        run_to_end(line.reader(folder.model_copy(update={"picture_size": [640, 480]})))
+    assert [each["event"] for each in said].count("frame not usable") == 1
+    assert [frame.cause for frame in line.frames] == [Cause.FRAME_CORRUPT] * 3
 
 
 def test_a_repeated_part_has_a_name_of_its_own(line, folder):
