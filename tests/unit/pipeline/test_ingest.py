@@ -136,7 +136,7 @@ def test_rate_spreads_the_pictures(line, folder):
     """`rate` is pictures a second: three at 50 take two steps of 20 ms."""
     before = time.monotonic()
     run_to_end(line.reader(folder.model_copy(update={"rate": 50.0})))
-    assert 0.035 <= time.monotonic() - before
+    assert time.monotonic() - before >= 0.035
     assert len(line.frames) == 3
 
 
