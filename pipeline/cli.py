@@ -24,6 +24,7 @@ from pipeline import config as configuration
 from pipeline import deepstream, logs
 from pipeline.app import Line, read_manifests
 from pipeline.cli_cameras import cameras_app
+from pipeline.cli_plan import plan
 from pipeline.errors import CheckError, LineError
 from pipeline.health import Health
 from pipeline.inference import InferenceClient
@@ -62,6 +63,7 @@ for name, group in (
     ("deepstream", deepstream_app),
 ):
     app.add_typer(group, name=name)
+app.command("plan")(plan)
 
 
 def main() -> None:
@@ -155,8 +157,8 @@ def stack(context: typer.Context) -> None:
 
 @app.command(context_settings=PASS_ON)
 def bench(context: typer.Context) -> None:
-    """Measure this machine: `bench line`, `bench serving`, `bench ingest` (each with --json)."""
-    kinds = {"ingest", "line", "serving"}
+    """Measure this machine: `bench line`, `serving`, `ingest`; model many from it: `scaling` (each with --json)."""
+    kinds = {"ingest", "line", "scaling", "serving"}
     if not context.args or context.args[0] not in kinds:
         raise typer.BadParameter(f"name a benchmark: {', '.join(sorted(kinds))}")
     raise typer.Exit(run_script(f"tests/benchmarks/{context.args[0]}.py", context.args[1:]))
