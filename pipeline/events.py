@@ -74,6 +74,7 @@ class Place:
     line: str
     worker: str
     budget_ms: float
+    pool: str | None = None
 
     @property
     def source(self) -> str:
@@ -139,8 +140,11 @@ class Encoder:
         self, camera_id: str, state: CameraState, reason: str, at: datetime, *, epoch: int | None = None
     ) -> Event:
         """Encode a camera's change of state; keyed by camera, so that the last state can be kept."""
-        data = StatusData(camera_id=camera_id, state=state.value, reason=reason, worker=self._place.worker, epoch=epoch)
-        name = f"{self._place.worker}/{camera_id}/{at.isoformat()}"
+        place = self._place
+        data = StatusData(
+            camera_id=camera_id, state=state.value, reason=reason, worker=place.worker, epoch=epoch, pool=place.pool
+        )
+        name = f"{place.worker}/{camera_id}/{at.isoformat()}"
         return self._event("status", name, camera_id, at, camera_id.encode(), _json(data))
 
     def _inspection(self, part: Part) -> str:
@@ -173,6 +177,7 @@ class Encoder:
             sequence=verdict.sequence,
             worker=place.worker,
             epoch=part.epoch,
+            pool=place.pool,
         )
 
     def _event(

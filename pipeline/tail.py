@@ -150,10 +150,11 @@ def _time(event: dict[str, Any]) -> str:
 def _is_outdated(event: dict[str, Any], other: dict[str, Any]) -> bool:
     """Say whether a later event is that of a worker that has lost the camera to the `other` one's, and not heard of it.
 
-    That is so for a short while only: Kafka counts the epochs of a pool anew when it has had no worker for long.
+    That is so for a short while only: Kafka counts the epochs of a pool anew when it has had no worker for long. Pools
+    count each for itself: of a camera that went to another pool, the later event holds.
     """
     epoch, known = event["data"].get("epoch"), other["data"].get("epoch")
-    if epoch is None or known is None or epoch >= known:
+    if epoch is None or known is None or epoch >= known or event["data"].get("pool") != other["data"].get("pool"):
         return False
     try:
         return datetime.fromisoformat(_time(event)) - datetime.fromisoformat(_time(other)) < _UNHEARD

@@ -118,8 +118,10 @@ class VerdictData(_Data):
     worker: str
     epoch: int | None = None
     """Fencing epoch: the generation of the camera pool's group when the part was opened; null for a worker without a
-    pool. Of two workers that read one camera at the same time, the higher was in charge. Compare only verdicts of about
-    the same time: Kafka counts anew when a pool has had no worker for long."""
+    pool. Of two workers that read one camera at the same time, the higher was in charge. Compare only verdicts of one
+    `pool`, which counts for itself, and of about the same time: Kafka counts anew when it had no worker for long."""
+    pool: str | None = None
+    """The camera pool of the worker; null for a worker without one."""
 
 
 class StatusData(_Data):
@@ -131,7 +133,9 @@ class StatusData(_Data):
     reason: str
     worker: str
     epoch: int | None = None
-    """As in a verdict; of a camera's last states that of the highest epoch holds."""
+    """As in a verdict; of a camera's last states in one `pool` that of the highest epoch holds."""
+    pool: str | None = None
+    """As in a verdict."""
 
 
 class AuditData(_Data):

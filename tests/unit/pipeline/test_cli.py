@@ -247,8 +247,8 @@ def test_cameras_are_listed_with_their_last_state(logicrd, line_file, monkeypatc
 def test_the_state_of_the_worker_in_charge_is_listed(logicrd, line_file, monkeypatch):
     """What a worker says that has lost a camera and not heard of it does not count, until the pool is counted anew."""
 
-    def event(camera, state, epoch, minute):
-        data = {"cameraId": camera, "state": state, "reason": "", "worker": "w1", "epoch": epoch}
+    def event(camera, state, epoch, minute, pool="hall-1"):
+        data = {"cameraId": camera, "state": state, "reason": "", "worker": "w1", "epoch": epoch, "pool": pool}
         return {"attributes": {"source": "/site/area/l1", "time": f"2026-11-25T00:{minute:02}:00.000Z"}, "data": data}
 
     events = [event("c1", "streaming", 7, 1), event("c1", "lost", 6, 2)]
@@ -313,3 +313,29 @@ def test_settings_of_redis_that_cannot_be_meant_are_exit_3(logicrd, line_file, r
     assert (code, out) == (3, "")
     assert told in err
     assert "secret" not in err
+
+
+def test_a_camera_that_went_to_another_pool_is_listed_as_that_pool_tells(logicrd, line_file, monkeypatch):
+    """Its epoch is counted by itself, and may be lower: the later word holds. Cameras of pools stand below the file's.
+
+    A record that is no camera is listed by its name.
+    """
+
+    def event(state, epoch, minute, pool):
+        data = {"cameraId": "p1", "state": state, "reason": "", "worker": f"w-{pool}", "epoch": epoch, "pool": pool}
+        return {"attributes": {"source": "/site/area/l1", "time": f"2026-11-25T00:{minute:02}:00.000Z"}, "data": data}
+
+    topic = Topic()
+    topic.read_to_end = lambda: iter([event("ended", 7, 1, "hall-1"), event("streaming", 2, 2, "hall-2")])
+    monkeypatch.setattr("pipeline.tail.VerdictReader", topic)
+    record = {"pool": "hall-2", "id": "p1", "type": "folder", "product": "tray", "path": "/p", "station": "s"}
+    table = {(3, "p1"): json.dumps(record).encode(), (1, "bad"): b"{"}
+    monkeypatch.setattr("pipeline.pool.PoolTopic.read", lambda _: (table, 4))
+    code, out, _ = logicrd("cameras", "list", "--json", "--config", line_file(pool={"name": "hall-1"}))
+    assert code == 0
+    told = [[camera.get(key) for key in ("id", "pool", "state", "worker")] for camera in json.loads(out)]
+    assert told == [
+        ["c1", None, "never reported", None],
+        ["bad", "", "never reported", None],
+        ["p1", "hall-2", "streaming", "w-hall-2"],
+    ]
