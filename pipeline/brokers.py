@@ -1,7 +1,8 @@
 """How the line reaches Kafka: what every client is told of the brokers, and what it means when they refuse.
 
 A client of the library retries whatever happens and says in the end that time is up. `unreachable` asks once more, on a
-connection of its own, and names the cause. Keeps no connection. Called by every module that has a client.
+connection of its own, and names the cause. `poll` reads on past records that the library cannot read. Keeps no
+connection. Called by every module that has a client.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ import ssl
 from dataclasses import dataclass
 from typing import Any
 
+from kafka import KafkaConsumer
 from kafka.errors import (
     AuthorizationError,
+    CorruptRecordError,
     IllegalSaslStateError,
     KafkaConnectionError,
     KafkaError,
     KafkaTimeoutError,
     TopicAuthorizationFailedError,
+    UnsupportedCodecError,
     UnsupportedSaslMechanismError,
 )
 from kafka.net.connection import KafkaConnection
@@ -44,6 +48,19 @@ _TLS_FAULTS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A record that the library cannot read, as a header's name that is no UTF-8; what is in it stays unknown."""
+
+    topic: str
+    partition: int
+    offset: int
+    error: str
+    key: None = None
+    value: None = None
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+
 def client_options(settings: Kafka) -> dict[str, Any]:
     """Give what every client of the library has to know to reach the brokers; what it does there is its own.
 
@@ -60,6 +77,29 @@ def client_options(settings: Kafka) -> dict[str, Any]:
     if settings.sasl is not None:
         options |= _login(settings.sasl)
     return options
+
+
+def poll(consumer: KafkaConsumer, timeout_ms: int) -> list[Any]:
+    """Give the next records, each the library's own or an `Unreadable`. Raises KafkaError for everything else."""
+    try:
+        polled = consumer.poll(timeout_ms=timeout_ms)
+    except (CorruptRecordError, UnsupportedCodecError) as error:
+        return [_stepped_over(consumer, error)]
+    return [record for records in polled.values() for record in records]
+
+
+def _stepped_over(consumer: KafkaConsumer, error: KafkaError) -> Unreadable:
+    """Set the consumer behind what it cannot read: the library's next `poll` would never return.
+
+    Its batch is read again from the next offset, so that all that follows in that batch, which the library cannot
+    reach, is told one by one.
+    """
+    batch = consumer._fetcher._next_partition_records  # the library's own, for its error does not say where
+    if not batch:
+        raise error
+    place, offset = batch.topic_partition, batch.next_fetch_offset
+    consumer.seek(place, offset + 1)
+    return Unreadable(place.topic, place.partition, offset, f"unreadable: {error}")
 
 
 def unreachable(settings: Kafka, error: KafkaError) -> DependencyError:

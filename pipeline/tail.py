@@ -16,7 +16,7 @@ from kafka import KafkaConsumer
 from kafka.errors import KafkaError
 from kafka.structs import TopicPartition
 
-from pipeline.brokers import client_options, no_topic, unreachable
+from pipeline.brokers import Unreadable, client_options, no_topic, poll, unreachable
 from pipeline.events import decode
 from pipeline.servers import Kafka as KafkaSettings
 
@@ -81,11 +81,10 @@ class VerdictReader:
     def _poll(self) -> Iterator[dict[str, Any]]:
         assert self._consumer is not None  # noqa: S101 (set by __enter__)
         try:
-            polled = self._consumer.poll(timeout_ms=250)
+            records = poll(self._consumer, 250)
         except KafkaError as error:
             raise unreachable(self._settings, error) from None
-        for records in polled.values():
-            yield from map(_event, records)
+        yield from map(_event, records)
 
 
 def camera_states(settings: KafkaSettings, source: str) -> dict[str, dict[str, str]]:
@@ -132,6 +131,8 @@ def _event(record: Any) -> dict[str, Any]:  # noqa: ANN401 (the library's record
         "partition": record.partition,
         "offset": record.offset,
     }
+    if isinstance(record, Unreadable):
+        return {"error": record.error, **place}
     try:
         return {**decode(record.value or b"", dict(record.headers)), **place}
     except ValueError as error:

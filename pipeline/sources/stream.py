@@ -21,6 +21,7 @@ import av.error
 from av.video.reformatter import VideoReformatter
 
 from pipeline.errors import FrameError, SourceError
+from pipeline.region import MAX_PIXELS
 from pipeline.types import Image, Picture
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 PART_ID_UUID = UUID("d4616770-2d24-58ba-ac16-6665a1d7737b")
 """uuid5(NAMESPACE_URL, "urn:logicrd:part-id"): what follows it in the SEI message is the part id in UTF-8."""
 MAX_PART_ID_BYTES = 128
-MAX_PIXELS = 64_000_000
-"""A stream that announces larger pictures is refused before one is decoded."""
 
 _REASONS: tuple[tuple[type[Exception], str, str], ...] = (
     (av.error.HTTPUnauthorizedError, "auth_failed", "check `user` and `password_file`"),
