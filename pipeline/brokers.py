@@ -16,9 +16,11 @@ from kafka.errors import (
     AuthorizationError,
     CorruptRecordError,
     IllegalSaslStateError,
+    InvalidReceiveError,
     KafkaConnectionError,
     KafkaError,
     KafkaTimeoutError,
+    SaslAuthenticationFailedError,
     TopicAuthorizationFailedError,
     UnsupportedCodecError,
     UnsupportedSaslMechanismError,
@@ -32,6 +34,7 @@ from pipeline.errors import ConfigError, DependencyError
 from pipeline.servers import Kafka, Sasl, Tls
 
 _PROBE_MS = 5_000
+_HANGING_UP = (SaslAuthenticationFailedError, UnsupportedSaslMechanismError, InvalidReceiveError)
 _START = "start it (`logicrd stack up` makes the topics too), or correct kafka.bootstrap in the line file"
 _NO_TLS = "this port speaks no TLS", "name the TLS port in kafka.bootstrap, or remove kafka.tls"
 # What the text of a failed TLS handshake holds, what that is and what to do about it: the library's errors have no
@@ -124,20 +127,19 @@ def _explained(settings: Kafka, error: KafkaError, *, greeted: bool) -> tuple[st
     who = "this line" if settings.sasl is None else f"user {settings.sasl.username!r}"
     if isinstance(error, AuthorizationError):
         return f"{who} may not: {text}", "give it the right by an ACL of Kafka (`kafka-acls --add`); README lists them"
-    if isinstance(error, UnsupportedSaslMechanismError):
-        return text, "name a mechanism that this port knows in kafka.sasl.mechanism"
     if isinstance(error, IllegalSaslStateError):
         return "this port asks for no login", "name the port that does in kafka.bootstrap, or remove kafka.sasl"
     for word, (what, hint) in _TLS_FAULTS:
         if "SSL" in text and word in text:
             return what or text, hint
-    if "disconnected" not in text:
-        return text, _START
-    return _hung_up(settings, who, greeted=greeted)
+    # A broker tells what is wrong and hangs up at once; the library does not always hear the first.
+    if isinstance(error, _HANGING_UP) or "disconnected" in text:
+        return _hung_up(settings, who, greeted=greeted)
+    return text, _START
 
 
 def _hung_up(settings: Kafka, who: str, *, greeted: bool) -> tuple[str, str]:
-    """Say why the broker closed the connection without a word: by what it had been asked, and what it had answered."""
+    """Say why the broker closed the connection: by what it had been asked, and whether it had answered before."""
     if greeted and settings.sasl is not None:
         hint = "check kafka.sasl: username, mechanism and what is in password_file"
         return f"the login of {who} by {settings.sasl.mechanism} is refused", hint
@@ -145,7 +147,7 @@ def _hung_up(settings: Kafka, who: str, *, greeted: bool) -> tuple[str, str]:
         return "this port asks for a login", "set kafka.sasl, or name another port in kafka.bootstrap"
     if settings.tls is None:
         return "the broker hangs up on plain text", "this is a TLS port, it seems: set kafka.tls"
-    return "the broker hangs up", _START
+    return "the broker hangs up", "see the broker's log"
 
 
 def _protocol(settings: Kafka) -> str:

@@ -10,15 +10,14 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kafka import KafkaAdminClient
+from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.admin import ACL, ACLOperation, ACLPermissionType, ResourcePattern, ResourceType
-from kafka.errors import KafkaError
 
 LIBS = Path(__file__).parents[1] / ".stack/kafka/libs"
 PASSWORD = "pass-W0rd-of-the-line"  # noqa: S105 (of a broker that lives for a test)
@@ -157,19 +156,41 @@ def _format(folder: Path) -> None:
 
 
 def _set_up(broker: SecureBroker, process: subprocess.Popen[bytes]) -> None:
+    _wait_for(lambda: _answers(broker.addresses["PLAINTEXT"]), broker, process)
+    with broker.admin() as admin:
+        topics = {f"inspection.{name}": {"num_partitions": 2, "replication_factor": 1} for name in TOPICS}
+        admin.create_topics(topics, timeout_ms=10_000, wait_for_metadata=True)
+        admin.create_acls([_allow(kind, name) for kind, name in RIGHTS])
+    _wait_for(lambda: _sees_topics(broker), broker, process)
+
+
+def _wait_for(is_so: Callable[[], bool], broker: SecureBroker, process: subprocess.Popen[bytes]) -> None:
     until = time.monotonic() + 90
-    while True:
-        try:
-            with broker.admin() as admin:
-                topics = {f"inspection.{name}": {"num_partitions": 2, "replication_factor": 1} for name in TOPICS}
-                admin.create_topics(topics, timeout_ms=10_000, wait_for_metadata=True)
-                admin.create_acls([_allow(kind, name) for kind, name in RIGHTS])
-                return
-        except (KafkaError, TimeoutError):
-            if process.poll() is not None or time.monotonic() > until:
-                words = (broker.folder / "broker.log").read_text(errors="replace")[-2000:]
-                raise RuntimeError(f"the broker does not start: {words}") from None
-            time.sleep(0.5)
+    while not is_so():
+        if process.poll() is not None or time.monotonic() > until:
+            words = (broker.folder / "broker.log").read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"the broker does not start: {words}")
+        time.sleep(0.2)
+
+
+def _answers(address: str) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", int(address.rpartition(":")[2]))) == 0
+
+
+def _sees_topics(broker: SecureBroker) -> bool:
+    """Whether the rights of the line are in force: rights come some time after they are given."""
+    consumer = KafkaConsumer(
+        bootstrap_servers=broker.addresses["SASL_PLAINTEXT"],
+        security_protocol="SASL_PLAINTEXT",
+        sasl_mechanism="SCRAM-SHA-512",
+        sasl_plain_username="line",
+        sasl_plain_password=PASSWORD,
+    )
+    try:
+        return len(consumer.topics()) >= len(TOPICS)
+    finally:
+        consumer.close()
 
 
 RIGHTS = ((ResourceType.TOPIC, "*"), (ResourceType.GROUP, "*"), (ResourceType.CLUSTER, "kafka-cluster"))
