@@ -152,7 +152,7 @@ def _format(folder: Path) -> None:
     for mechanism in MECHANISMS:
         for user, password in USERS.items():
             tool += ["--add-scram", f"{mechanism}=[name={user},password={password}]"]
-    subprocess.run([*_java(folder, 128), *tool], check=True, capture_output=True, timeout=90)
+    subprocess.run([*_java(folder, 128), *tool], check=True, capture_output=True, timeout=150)
 
 
 def _set_up(broker: SecureBroker, process: subprocess.Popen[bytes]) -> None:
@@ -165,7 +165,7 @@ def _set_up(broker: SecureBroker, process: subprocess.Popen[bytes]) -> None:
 
 
 def _wait_for(is_so: Callable[[], bool], broker: SecureBroker, process: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + 90
+    until = time.monotonic() + 150
     while not is_so():
         if process.poll() is not None or time.monotonic() > until:
             words = (broker.folder / "broker.log").read_text(errors="replace")[-2000:]

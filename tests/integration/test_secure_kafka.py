@@ -40,7 +40,7 @@ from pipeline.tail import VerdictReader
 from pipeline.triggers import TriggerReader
 
 # The library leaves the sockets of refused connections to the garbage collector.
-pytestmark = [pytest.mark.stack, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(400), pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS = {path.name: json.loads(path.read_text()) for path in (ROOT / "pipeline/schemas").glob("*.v1.json")}
