@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer
-from kafka.admin import ACL, ACLOperation, ACLPermissionType, ResourcePattern, ResourceType
+from kafka.admin import (
+    ACL,
+    ACLOperation,
+    ACLPermissionType,
+    ACLResourcePatternType,
+    ResourcePattern,
+    ResourceType,
+)
 
 LIBS = Path(__file__).parents[1] / ".stack/kafka/libs"
 PASSWORD = "pass-W0rd-of-the-line"  # noqa: S105 (of a broker that lives for a test)
@@ -30,7 +37,7 @@ MECHANISMS = ("SCRAM-SHA-256", "SCRAM-SHA-512")
 class SecureBroker:
     """A running broker: an address for each way to speak to it, and the folder of the keys.
 
-    `line` may do all that a line does, `guest` may log in and nothing else; the open address may do everything.
+    `line` may do what a line does, `guest` may log in and nothing else; the open address may do everything.
     """
 
     folder: Path
@@ -160,7 +167,7 @@ def _set_up(broker: SecureBroker, process: subprocess.Popen[bytes]) -> None:
     with broker.admin() as admin:
         topics = {f"inspection.{name}": {"num_partitions": 2, "replication_factor": 1} for name in TOPICS}
         admin.create_topics(topics, timeout_ms=10_000, wait_for_metadata=True)
-        admin.create_acls([_allow(kind, name) for kind, name in RIGHTS])
+        admin.create_acls([_allow(*right) for right in RIGHTS])
     _wait_for(lambda: _sees_topics(broker), broker, process)
 
 
@@ -193,13 +200,20 @@ def _sees_topics(broker: SecureBroker) -> bool:
         consumer.close()
 
 
-RIGHTS = ((ResourceType.TOPIC, "*"), (ResourceType.GROUP, "*"), (ResourceType.CLUSTER, "kafka-cluster"))
+# What README says that the user of a line needs, and no more.
+RIGHTS = (
+    *((ResourceType.TOPIC, f"inspection.{name}.v1", ACLOperation.WRITE) for name in ("verdict", "view", "status")),
+    *((ResourceType.TOPIC, f"inspection.{name}.v1", ACLOperation.WRITE) for name in ("audit", "dlq", "cameras")),
+    *((ResourceType.TOPIC, f"inspection.{name}.v1", ACLOperation.READ) for name in ("trigger", "cameras")),
+    *((ResourceType.TOPIC, f"inspection.{name}.v1", ACLOperation.READ) for name in ("verdict", "status")),
+    (ResourceType.GROUP, "logicrd.", ACLOperation.READ),
+    (ResourceType.GROUP, "inspection.workers.", ACLOperation.READ),
+)
 
 
-def _allow(kind: ResourceType, name: str) -> ACL:
-    pattern = ResourcePattern(kind, name)
-    operation = ACLOperation.IDEMPOTENT_WRITE if kind is ResourceType.CLUSTER else ACLOperation.ALL
-    return ACL("User:line", "*", operation, ACLPermissionType.ALLOW, pattern)
+def _allow(kind: ResourceType, name: str, operation: ACLOperation) -> ACL:
+    by = ACLResourcePatternType.PREFIXED if kind is ResourceType.GROUP else ACLResourcePatternType.LITERAL
+    return ACL("User:line", "*", operation, ACLPermissionType.ALLOW, ResourcePattern(kind, name, by))
 
 
 def _free_ports(count: int) -> list[int]:

@@ -22,16 +22,18 @@ from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
 from kafka import KafkaConsumer
 from kafka.structs import TopicPartition
+from line_process import wait_until
 from secure_broker import PASSWORD
 from wire_events import AT, PLACE, sent
 
 from pipeline import config
 from pipeline.brokers import client_options
+from pipeline.config import Pool
 from pipeline.errors import ConfigError, DependencyError
 from pipeline.events import Encoder
 from pipeline.health import Health
 from pipeline.metrics import Metrics
-from pipeline.pool import PoolTopic
+from pipeline.pool import CameraPool, PoolTopic
 from pipeline.roster import Change
 from pipeline.servers import Kafka
 from pipeline.sink import Sink
@@ -115,9 +117,9 @@ def test_what_is_read_back_is_a_cloud_event_that_fits_its_schema(secure, way, mo
     sink.put(*(event for _, _, event in events))
     assert sink.close() == 0
     assert metrics.registry.get_sample_value("inspection_events_total", {"fate": "acknowledged"}) == len(events)
-    checked = 0
+    checked, all_may = 0, Kafka(**secure.settings("PLAINTEXT"))
     for topic in ("verdict.v1", "view.v1", "audit.v1", "status.v1"):
-        records = raw_records(settings, f"inspection.{topic}", place.source)
+        records = raw_records(all_may, f"inspection.{topic}", place.source)
         assert len(records) == sum(event.topic == topic for _, _, event in events)
         schema = SCHEMAS["verdict.v1.json" if topic == "view.v1" else f"{topic}.json"]
         validator = jsonschema.Draft202012Validator(
@@ -138,7 +140,13 @@ def test_every_client_of_the_line_logs_in(secure):
     settings = settings_for(secure, WAYS["SCRAM-SHA-512 over TLS"])
     reader = trigger_reader(settings)
     reader.connect()
+    reader.start()
     reader.close()
+    worker = CameraPool(settings, Pool(), None, metrics=Metrics(), health=Health())
+    worker.connect()
+    worker.start([])
+    wait_until(lambda: worker._consumer.assignment(), 30, "a place in the group")
+    worker.close()
     topic = PoolTopic(settings)
     topic.write([])
     assert topic.read() == ({}, 2)
