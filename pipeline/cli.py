@@ -19,8 +19,8 @@ from typing import Annotated, Literal
 import typer
 from rich.live import Live
 
+from pipeline import asyncapi, deepstream, logs
 from pipeline import config as configuration
-from pipeline import deepstream, logs
 from pipeline.app import Line, read_manifests
 from pipeline.cli_cameras import cameras_app
 from pipeline.cli_plan import plan
@@ -193,9 +193,15 @@ def config_show(config: Config = CONFIG_FILE) -> None:
 @config_app.command("schema")
 def config_schema(
     wire: Annotated[bool, typer.Option(help="The schemas of the events instead.")] = False,
+    out: Annotated[Path | None, typer.Option(help="With --wire: write them and asyncapi.json to this folder.")] = None,
 ) -> None:
     """Print the JSON Schema of the line file, for editors and charts."""
-    sys.stdout.write(json.dumps(schemas() if wire else configuration.schema(), indent=2) + "\n")
+    if not wire or out is None:
+        sys.stdout.write(json.dumps(schemas() if wire else configuration.schema(), indent=2) + "\n")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for name, document in {**schemas(), "asyncapi.json": asyncapi.document()}.items():
+        (out / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 @deepstream_app.command("render")

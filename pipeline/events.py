@@ -46,6 +46,7 @@ _NAMESPACE = uuid5(NAMESPACE_URL, "urn:logicrd:inspection")
 _TYPES = {"verdict": "verdict.v1", "view": "view.v1", "status": "status.v1", "audit": "audit.v1"}
 _DEAD_LETTER = "dlq.v1"
 _LONGEST_DEAD_LETTER = 64 * 1024
+_LONGEST_HEADER, _MOST_HEADERS = 1024, 64
 
 EventKind = Literal["verdict", "view", "status", "audit"]
 
@@ -127,14 +128,24 @@ class Encoder:
         return self._event("audit", name, data.part_id, at, f"{place.line}/{frame.station}".encode(), _json(data))
 
     def dead_letter(
-        self, place: str, key: bytes | None, value: bytes | None, headers: Iterable[tuple[str, bytes]], error: str
+        self,
+        place: str,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Iterable[tuple[str, bytes | None]],
+        error: str,
     ) -> Event:
-        """Wrap a record that cannot be used: as it came, with what was wrong and where it lay (`place`) as headers."""
+        """Wrap a record that cannot be used: as it came, with what was wrong and where it lay (`place`) as headers.
+
+        What is longer than a record of Kafka should be is cut: the value at 64 KB, key and headers at 1 KB each.
+        """
         told = {"logicrd_error": error, "logicrd_record": place, "logicrd_worker": self._place.worker}
         if value is not None and len(value) > _LONGEST_DEAD_LETTER:
             value, told["logicrd_cut_from"] = value[:_LONGEST_DEAD_LETTER], str(len(value))
-        added = ((name, text.encode()) for name, text in told.items())
-        return Event(_DEAD_LETTER, key or b"", value or b"", (*headers, *added))
+        # A header may be null in Kafka and not in the library; what is huge is cut, lest the letter be refused too.
+        kept = [(name[:128], (text or b"")[:_LONGEST_HEADER]) for name, text in headers][:_MOST_HEADERS]
+        added = ((name, text.encode()[:_LONGEST_HEADER]) for name, text in told.items())
+        return Event(_DEAD_LETTER, (key or b"")[:_LONGEST_HEADER], value or b"", (*kept, *added))
 
     def status(
         self, camera_id: str, state: CameraState, reason: str, at: datetime, *, epoch: int | None = None

@@ -1,4 +1,4 @@
-"""The contract on Kafka: the data of every event that the line sends, and of the trigger that it takes.
+"""The contract on Kafka: the data of every event that the line sends, of the trigger and the camera that it takes.
 
 Their JSON Schemas in `pipeline/schemas/` are generated from the models here, and a test holds them equal. Changes are
 additive. Pure: no clock, no client. Called by `events`, `triggers` and the command line.
@@ -10,8 +10,10 @@ import json
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
+
+from pipeline.cameras import Camera, PoolMember
 
 JudgementName = Literal["OK", "NG", "REVIEW", "UNINSPECTED"]
 
@@ -212,10 +214,20 @@ def schemas() -> dict[str, dict[str, Any]]:
         "audit.v1.json": AuditData,
         "trigger.v1.json": TriggerData,
     }
-    return {
-        name: {
-            "$schema": "https://json-schema.org/draft/2020-12/schema",
-            **model.model_json_schema(by_alias=True, mode="validation" if model is TriggerData else "serialization"),
-        }
+    found = {
+        name: model.model_json_schema(by_alias=True, mode="validation" if model is TriggerData else "serialization")
         for name, model in models.items()
     }
+    found["cameras.v1.json"] = _camera_record()
+    return {
+        name: {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema} for name, schema in found.items()
+    }
+
+
+def _camera_record() -> dict[str, Any]:
+    """Give the schema of a record of the camera pool: any camera's block, with its pool."""
+    schema = TypeAdapter[Any](Camera).json_schema()
+    for reference in schema["oneOf"]:
+        kind = schema["$defs"][reference["$ref"].rpartition("/")[2]]
+        kind["properties"] |= PoolMember.model_json_schema()["properties"]
+    return schema
