@@ -24,6 +24,7 @@ from pipeline import config as configuration
 from pipeline import deepstream, logs
 from pipeline.app import Line, read_manifests
 from pipeline.cli_cameras import cameras_app
+from pipeline.cli_reconcile import reconcile
 from pipeline.errors import CheckError, LineError
 from pipeline.health import Health
 from pipeline.inference import InferenceClient
@@ -62,6 +63,7 @@ for name, group in (
     ("deepstream", deepstream_app),
 ):
     app.add_typer(group, name=name)
+app.command()(reconcile)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Verdicts as a MES reads them: a plain consumer on the verdict topic, decoded and filtered.
 
-Used by `logicrd verdicts tail`, `logicrd cameras list` and by tests that must not trust the worker's own account.
+Used by `logicrd verdicts tail`, `cameras list`, `reconcile`, and tests that must not trust the worker's own account.
 Commits no offsets.
 """
 
@@ -20,14 +20,17 @@ from pipeline.errors import DependencyError
 from pipeline.events import decode
 from pipeline.servers import Kafka as KafkaSettings
 
+_SILENT_S = 30.0
 _UNHEARD = timedelta(minutes=5)
 """How long a worker that Kafka cannot reach may go on speaking of cameras that are another's."""
 
 
 class VerdictReader:
-    """Reads one of the line's topics, from its start or from now on."""
+    """Reads one of the line's topics, from its start, from a time (of the records, with a zone) or from now on."""
 
-    def __init__(self, settings: KafkaSettings, *, topic: str = "verdict.v1", start: Literal["first", "now"]) -> None:
+    def __init__(
+        self, settings: KafkaSettings, *, topic: str = "verdict.v1", start: Literal["first", "now"] | datetime
+    ) -> None:
         self._settings = settings
         self._topic = f"{settings.topic_prefix}.{topic}"
         self._start = start
@@ -50,8 +53,11 @@ class VerdictReader:
             consumer.assign([TopicPartition(self._topic, partition) for partition in sorted(partitions)])
             if self._start == "first":
                 consumer.seek_to_beginning()
-            else:
+            elif self._start == "now":
                 consumer.seek_to_end()
+            else:
+                for partition, offset in _offsets_at(consumer, self._start).items():
+                    consumer.seek(partition, offset)
             for partition in consumer.assignment():
                 consumer.position(partition)
         except KafkaError as error:
@@ -73,21 +79,42 @@ class VerdictReader:
         """
         last_s = time.monotonic()
         while idle_s is None or time.monotonic() - last_s < idle_s:
-            for event in self._poll():
+            for record in self._poll():
                 last_s = time.monotonic()
-                yield event
+                yield event_of(record)
 
     def read_to_end(self) -> Iterator[dict[str, Any]]:
         """Yield the events that are in the topic now, however many are still coming in."""
-        assert self._consumer is not None  # noqa: S101 (set by __enter__)
-        ends = self._consumer.end_offsets(list(self._consumer.assignment()))
-        while any(self._consumer.position(partition) < end for partition, end in ends.items()):
-            yield from self._poll()
+        yield from map(event_of, self.records_to_end())
 
-    def _poll(self) -> Iterator[dict[str, Any]]:
+    def records_to_end(self, until: datetime | None = None) -> Iterator[Any]:
+        """Yield the client library's records that are in the topic now, as they are; those before a time (with a zone).
+
+        Raises DependencyError when Kafka no longer answers.
+        """
+        assert self._consumer is not None  # noqa: S101 (set by __enter__)
+        try:
+            ends = self._consumer.end_offsets(list(self._consumer.assignment()))
+            if until is not None:
+                ends = {
+                    partition: min(end, ends[partition])
+                    for partition, end in _offsets_at(self._consumer, until).items()
+                }
+        except KafkaError as error:
+            raise DependencyError(f"Kafka no longer answers: {error}", hint="try again") from None
+        silent_s = time.monotonic()
+        while any(self._consumer.position(partition) < end for partition, end in ends.items()):
+            for record in self._poll():
+                silent_s = time.monotonic()
+                if record.offset < ends[TopicPartition(record.topic, record.partition)]:
+                    yield record
+            if time.monotonic() - silent_s > _SILENT_S:
+                raise DependencyError(f"Kafka gave no record of {self._topic} for {_SILENT_S:.0f} s", hint="try again")
+
+    def _poll(self) -> Iterator[Any]:
         assert self._consumer is not None  # noqa: S101 (set by __enter__)
         for records in self._consumer.poll(timeout_ms=250).values():
-            yield from map(_event, records)
+            yield from records
 
 
 def camera_states(settings: KafkaSettings, source: str) -> dict[str, dict[str, str]]:
@@ -96,13 +123,18 @@ def camera_states(settings: KafkaSettings, source: str) -> dict[str, dict[str, s
     `source` is the line's, `/site/area/line`. Raises DependencyError.
     """
     with VerdictReader(settings, topic="status.v1", start="first") as reader:
-        events = [event for event in reader.read_to_end() if event.get("attributes", {}).get("source") == source]
+        events = [event for event in reader.read_to_end() if _is_of_camera(event, source)]
     last: dict[str, dict[str, Any]] = {}
     for event in sorted(events, key=_time):
         camera = str(event["data"].get("cameraId"))
         if camera not in last or not _is_outdated(event, last[camera]):
             last[camera] = event
     return {camera: _state(event) for camera, event in last.items()}
+
+
+def _is_of_camera(event: dict[str, Any], source: str) -> bool:
+    """Tell a camera's change of state from a worker's heartbeat, which lies on the same topic."""
+    return event.get("attributes", {}).get("source") == source and "cameraId" in event["data"]
 
 
 def _state(event: dict[str, Any]) -> dict[str, str]:
@@ -128,7 +160,19 @@ def _is_outdated(event: dict[str, Any], other: dict[str, Any]) -> bool:
         return False
 
 
-def _event(record: Any) -> dict[str, Any]:  # noqa: ANN401 (the library's record has no public type)
+def _offsets_at(consumer: KafkaConsumer, at: datetime) -> dict[TopicPartition, int]:
+    """Find the first record of each partition at or after a time; the end where there is none."""
+    partitions = list(consumer.assignment())
+    ends = consumer.end_offsets(partitions)
+    found = consumer.offsets_for_times(dict.fromkeys(partitions, int(at.timestamp() * 1e3)))
+    return {
+        partition: ends[partition] if (place := found.get(partition)) is None else place.offset
+        for partition in partitions
+    }
+
+
+def event_of(record: Any) -> dict[str, Any]:  # noqa: ANN401 (the library's record has no public type)
+    """Decode a record as `VerdictReader.read` does."""
     place = {
         "key": record.key.decode("utf-8", "replace") if record.key else None,
         "partition": record.partition,
