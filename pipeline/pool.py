@@ -127,6 +127,7 @@ class CameraPool:
         assert self._consumer is not None  # noqa: S101 (set by connect)
         self._static = frozenset(static)
         self._consumer.subscribe([self._topic], listener=_Listener(self))
+        self._health.beat(_STAGE)
         self._thread.start()
 
     def stop(self) -> None:

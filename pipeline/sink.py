@@ -73,6 +73,7 @@ class Sink:
                 f"Kafka at {servers}: {error}",
                 hint="start it (`logicrd stack up` makes the topics too), or correct kafka.bootstrap in the line file",
             ) from None
+        self._health.beat(_STAGE)
         self._thread.start()
 
     def _require(self, topic: str) -> None:

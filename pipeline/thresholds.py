@@ -166,6 +166,7 @@ class ThresholdCache:
                 raise
             self._fresh = False
             log.warning("Redis is down: last known good thresholds from disk", error=str(error))
+        self._health.beat(_STAGE)
         self._thread.start()
 
     def close(self) -> None:

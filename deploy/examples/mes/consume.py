@@ -49,6 +49,7 @@ NEEDED = (
     "worker",
     "sequence",
 )
+REFUSALS = (ValueError, psycopg.DataError, psycopg.IntegrityError, psycopg.ProgrammingError)
 WRONG_TYPE = (None, "42804")  # what is wrong with a value, not with the tables: said by psycopg, or by the server
 
 VERDICT = """
@@ -97,19 +98,39 @@ def verdict_of(record: Any) -> dict[str, Any]:  # noqa: ANN401 (kafka-python's r
     return {**row, "data": Jsonb(data)}
 
 
-def keep(database: Database, record: Any) -> None:  # noqa: ANN401 (as above)
-    """Write one record, inside the caller's transaction: as a verdict, or as refused with the reason."""
+def keep(database: Database, records: list[Any]) -> None:
+    """Write records inside the caller's transaction: all at once or, where the database refuses one, each by itself."""
+    read = []
+    for record in records:
+        try:
+            read.append((record, verdict_of(record)))
+        except (ValueError, RecursionError) as error:
+            refuse(database, record, error)
     try:
-        row = verdict_of(record)
-        with database.transaction():  # a savepoint: what the database refuses leaves the others alone
+        with database.transaction(), database.cursor() as cursor:  # a savepoint
+            cursor.executemany(VERDICT, [row for _, row in read])
+    except REFUSALS:
+        for record, row in read:
+            keep_one(database, record, row)
+
+
+def keep_one(database: Database, record: Any, row: dict[str, Any]) -> None:  # noqa: ANN401 (as above)
+    """Write one verdict, or write down why the database refuses it."""
+    try:
+        with database.transaction():
             database.execute(VERDICT, row)
-    except (ValueError, RecursionError, psycopg.DataError, psycopg.IntegrityError, psycopg.ProgrammingError) as error:
+    except REFUSALS as error:
         if isinstance(error, psycopg.ProgrammingError) and error.sqlstate not in WRONG_TYPE:
             raise
-        place = (record.topic, record.partition, record.offset)
-        log.warning("record refused: %s/%s/%s: %s", *place, error)
-        headers = Jsonb({name: (text or b"").hex() for name, text in record.headers})
-        database.execute(REFUSED, (*place, record.key, record.value, headers, str(error).replace("\0", "")))
+        refuse(database, record, error)
+
+
+def refuse(database: Database, record: Any, error: Exception) -> None:  # noqa: ANN401 (as above)
+    """Keep a record that is no verdict, as it came."""
+    place = (record.topic, record.partition, record.offset)
+    log.warning("record refused: %s/%s/%s: %s", *place, error)
+    headers = Jsonb({name: (text or b"").hex() for name, text in record.headers})
+    database.execute(REFUSED, (*place, record.key, record.value, headers, str(error).replace("\0", "")))
 
 
 def seek(database: Database, consumer: KafkaConsumer, topic: str) -> None:
@@ -151,8 +172,7 @@ def read(database: Database, consumer: KafkaConsumer, topic: str, stop: threadin
             continue
         with database.transaction():
             for partition, records in batch.items():
-                for record in records:
-                    keep(database, record)
+                keep(database, records)
                 database.execute(PLACE, (topic, partition.partition, records[-1].offset + 1))
 
 
