@@ -37,7 +37,7 @@ lint: ## ruff, and who may import whom
 type: ## mypy, strict
 	@$(SETUP) line training
 	.venv/bin/mypy
-	.venv/bin/mypy deploy/local tests/benchmarks
+	.venv/bin/mypy deploy/local deploy/examples/mes tests/benchmarks
 	.venv-training/bin/mypy training
 
 bench: ## measure the line and the served model against the limit of this machine; leaves the stack up
