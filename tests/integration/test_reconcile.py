@@ -25,7 +25,7 @@ ENDED_S = 3600.0  # how long ago the period of these tests lay
 @pytest.fixture
 def line(line_file, stack, products, tmp_path) -> Any:
     """A line with one station in mode `message`, never run: its topics are filled by the test."""
-    made = line_file(stack, budget_ms=1000)
+    made = line_file(stack, budget_ms=300_000)
     made.camera(type="folder", path=str(tmp_path), product=products[0], station="here")
     made.settings["stations"] = [{"name": "here", "trigger": "message"}]
     made.path = made.write()
