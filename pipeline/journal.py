@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import time
 from array import array
 from bisect import bisect_right
 from collections import Counter
@@ -269,7 +270,7 @@ class Journal:
         os.close(segment.fd)
         try:
             if segment.damaged:
-                aside = segment.path.with_name(segment.path.name + ".damaged")
+                aside = segment.path.with_name(f"{segment.path.name}.{int(time.time())}.damaged")
                 segment.path.rename(aside)
                 log.error("damaged outbox file set aside", file=str(aside))
             else:
