@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,8 +13,10 @@ from rich.table import Table
 
 from pipeline import config as configuration
 from pipeline import logs
-from pipeline.errors import CheckError
+from pipeline.errors import CheckError, ConfigError
+from pipeline.events import decode
 from pipeline.ledger import Account, PartKey
+from pipeline.outbox import read_stored
 from pipeline.reconcile import Reconciler, Reconciliation
 from pipeline.terminal import CONFIG_FILE, Config, Json, answer, stdout, table_of
 
@@ -36,7 +40,7 @@ def reconcile(
     if start >= end:
         raise typer.BadParameter(f"--from {since} is not before --to {until}")
     settings = configuration.load(config)
-    found = Reconciler(settings, start, end).run()
+    found = Reconciler(settings, start, end, stored=_stored(settings.outbox.dir)).run()
     document = {"from": start.isoformat(), "to": end.isoformat(), "line": settings.line, **as_document(found)}
     rows = _station_rows(found.account)
     answer(document, as_json, table_of(rows, list(rows[0])) if rows else "no part in this period")
@@ -47,6 +51,16 @@ def reconcile(
         count = len(found.account.missing), len(found.account.conflicts), len(found.account.gaps)
         words = "{} parts without a verdict, {} with two, {} gaps in the sequence numbers".format(*count)
         raise CheckError(words, hint="see `Reconcile` in README.md")
+
+
+def _stored(folder: Path | None) -> Iterator[str]:
+    """Give the inspection ids of the verdicts in this machine's outbox. Raises ConfigError."""
+    try:
+        for event in read_stored(folder) if folder is not None and folder.is_dir() else ():
+            if event.is_part:
+                yield str(decode(event.value, dict(event.headers))["attributes"]["id"])
+    except OSError as error:
+        raise ConfigError(f"outbox.dir {folder}: {error.strerror}", hint="run this as the user of the line") from None
 
 
 def moment(text: str, now: datetime) -> datetime:

@@ -1,7 +1,7 @@
 """The worker's own word that it is well: an event every few seconds on the status topic, the last one kept by its key.
 
-One thread looks at the stages' figures and tells them; a heartbeat that Kafka has not confirmed is not followed by
-another, so an outage fills no queue. Decides nothing. Owned by `app`.
+One thread looks at the stages' figures and tells them; a heartbeat that is not out of memory yet, on disk or in Kafka,
+is not followed by another, so it fills no queue. Decides nothing. Owned by `app`.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Reconciler:
     def __init__(self, config: LineConfig, start: datetime, end: datetime, *, stored: Iterable[str] = ()) -> None:
         self._config = config
         self._start = start
-        self._end = end
+        self._end_ms = end.timestamp() * 1e3
         self._stored = stored
         self._source = f"/{config.site}/{config.area}/{config.line}"
         self._stations = {station.name for station in config.stations if station.trigger == "message"}
@@ -64,13 +64,17 @@ class Reconciler:
         account = self._ledger.account(open_after_ms=int(open_after_s * 1e3), stored=stored, dead=self._dead)
         return Reconciliation(account, self._unreadable, self._refused)
 
-    def _records(self, topic: str, *, until: datetime | None = None) -> Iterator[Any]:
+    def _records(self, topic: str, *, later: bool = False) -> Iterator[Any]:
+        """Give the records of the period, and with `later` those after it; clocks differ, so times are in no order."""
+        start_ms, end_ms = self._start.timestamp() * 1e3, self._end_ms
         with VerdictReader(self._config.kafka, topic=topic, start=self._start) as reader:
-            yield from reader.records_to_end(until)
+            for record in reader.records_to_end():
+                if start_ms <= record.timestamp and (later or record.timestamp < end_ms):
+                    yield record
 
-    def _data(self, topic: str, *, until: datetime | None = None) -> Iterator[tuple[Any, Mapping[str, Any]]]:
+    def _data(self, topic: str, *, later: bool = False) -> Iterator[tuple[Any, Mapping[str, Any]]]:
         """Give each of this line's events on a topic with its record."""
-        for record in self._records(topic, until=until):
+        for record in self._records(topic, later=later):
             event = event_of(record)
             if "error" in event:
                 self._unreadable += 1
@@ -78,7 +82,7 @@ class Reconciler:
                 yield record, event["data"]
 
     def _take_triggers(self) -> None:
-        for record in self._records("trigger.v1", until=self._end):
+        for record in self._records("trigger.v1"):
             try:
                 data = decode_trigger(record.value, dict(record.headers))
             except ValueError:
@@ -89,7 +93,7 @@ class Reconciler:
                 self._ledger.due(part, Due(inspection, Witness.TRIGGER, record.timestamp))
 
     def _take_witnesses(self, topic: str, witness: Witness) -> None:
-        for record, data in self._data(topic, until=self._end):
+        for record, data in self._data(topic):
             try:
                 camera = data["cameraId"] if witness is Witness.AUDIT else data["views"][0]["cameraId"]
                 if (inspection := data["inspectionId"]) is not None:  # null: a frame of no part
@@ -98,17 +102,16 @@ class Reconciler:
                 self._unreadable += 1
 
     def _take_verdicts(self) -> None:
-        end_ms = self._end.timestamp() * 1e3
-        for record, data in self._data("verdict.v1"):
+        for record, data in self._data("verdict.v1", later=True):
             try:
                 told = self._told(data, record.timestamp)
             except (KeyError, IndexError, TypeError):
                 self._unreadable += 1
                 continue
-            self._ledger.told(told, within=record.timestamp < end_ms)
+            self._ledger.told(told, within=record.timestamp < self._end_ms)
 
     def _take_dead_letters(self) -> None:
-        for record in self._records("dlq.v1"):
+        for record in self._records("dlq.v1", later=True):
             headers = dict(record.headers)
             if (headers.get("logicrd_record") or b"").startswith(
                 f"{self._config.kafka.topic_prefix}.trigger.".encode()

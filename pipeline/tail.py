@@ -87,19 +87,14 @@ class VerdictReader:
         """Yield the events that are in the topic now, however many are still coming in."""
         yield from map(event_of, self.records_to_end())
 
-    def records_to_end(self, until: datetime | None = None) -> Iterator[Any]:
-        """Yield the client library's records that are in the topic now, as they are; those before a time (with a zone).
+    def records_to_end(self) -> Iterator[Any]:
+        """Yield the client library's records that are in the topic now, as they are.
 
         Raises DependencyError when Kafka no longer answers.
         """
         assert self._consumer is not None  # noqa: S101 (set by __enter__)
         try:
             ends = self._consumer.end_offsets(list(self._consumer.assignment()))
-            if until is not None:
-                ends = {
-                    partition: min(end, ends[partition])
-                    for partition, end in _offsets_at(self._consumer, until).items()
-                }
         except KafkaError as error:
             raise DependencyError(f"Kafka no longer answers: {error}", hint="try again") from None
         silent_s = time.monotonic()

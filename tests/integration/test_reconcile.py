@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from kafka import KafkaProducer
@@ -28,6 +29,7 @@ def line(line_file, stack, products, tmp_path) -> Any:
     made = line_file(stack, budget_ms=300_000)
     made.camera(type="folder", path=str(tmp_path), product=products[0], station="here")
     made.settings["stations"] = [{"name": "here", "trigger": "message"}]
+    made.name = f"line-{uuid4().hex[:12]}"
     made.path = made.write()
     return made
 
