@@ -236,6 +236,7 @@ def _step_config(
     batching = config.dynamic_batching
     batching.max_queue_delay_microseconds = GPU_QUEUE_DELAY_US if serving.target is Target.GPU else 0
     batching.default_queue_policy.max_queue_size = MAX_QUEUE
+    batching.default_queue_policy.allow_timeout_override = True  # a request's own budget bounds its wait in the queue
     return config
 
 

@@ -33,7 +33,7 @@ from pipeline.types import (
     Verdict,
     ViewVerdict,
 )
-from pipeline.wire import schemas
+from pipeline.wire import HeartbeatData, WorkerCameraData, WorkerModelData, WorkerStageData, schemas
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMAS = ROOT / "pipeline/schemas"
@@ -89,6 +89,32 @@ PARTS = {
 }
 
 
+def heartbeat(state="running", **fields):
+    """Give what a worker says of itself; keywords replace fields."""
+    said = {
+        "worker": PLACE.worker,
+        "host": "host",
+        "line": "l1",
+        "state": state,
+        "interval_s": 10.0,
+        "uptime_s": 99.5,
+        "stages": [WorkerStageData(name="judge", age_s=0.03)],
+        "stalled": [],
+        "not_ready": ["triton"],
+        "cameras": [WorkerCameraData(camera_id="c1", station="s1", state=state, reason="") for state in CameraState],
+        "parts_open": 1,
+        "parts_undelivered": 0,
+        "unacknowledged": 7,
+        "models": [
+            WorkerModelData(
+                product_id="tray", version="1", sha256="ab" * 32, threshold_version=7, threshold_source=source.value
+            )
+            for source in ThresholdSource
+        ],
+    }
+    return HeartbeatData(**(said | fields))
+
+
 def sent(mode):
     """Give every kind of event that a line sends, with the name of its schema."""
     encoder = Encoder(PLACE, mode)
@@ -102,6 +128,8 @@ def sent(mode):
             yield name, "audit.v1.json", encoder.audit(stray, AT)
     for state in CameraState:
         yield f"status.v1 {state.value}", "status.v1.json", encoder.status("c1", state, "timeout", AT)
+    for state in ("running", "stopping"):
+        yield f"heartbeat {state}", "heartbeat.v1.json", encoder.heartbeat(heartbeat(state, epoch=3), AT)
 
 
 EVENTS = [
@@ -133,7 +161,9 @@ def test_every_event_is_one_to_others(validators, schema, event):
     cloud = from_kafka(message, JSONFormat(), CloudEvent)
     assert cloud.get_specversion() == "1.0"
     assert cloud.get_source() == "/site/area/l1"
-    assert cloud.get_type() == f"io.logicrd.inspection.{event.topic}"
+    kind = schema.removesuffix(".json")
+    assert cloud.get_type() == f"io.logicrd.inspection.{event.topic if kind == 'verdict.v1' else kind}"
+    assert event.topic == "status.v1" if kind == "heartbeat.v1" else event.topic in {kind, "view.v1"}
     assert cloud.get_time() == AT
     assert cloud.get_extension("partitionkey").encode() == event.key
     assert cloud.get_datacontenttype() == "application/json"
