@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.events import inspection_id
 from pipeline.parts import Parts
 from pipeline.stations import Station, StationView
 from pipeline.types import Cause, Judgement, StrayReason, Trigger, Verdict
@@ -20,8 +21,9 @@ BOTH = [StationView(camera="c1"), StationView(camera="c2")]
 class Bench:
     """Parts of station s1, with short words for what happens to them."""
 
-    def __init__(self, make_frame, make_view, station=None):
-        self.parts = Parts({} if station is None else {"s1": station}, PRODUCTS, budget_s=BUDGET_S, run="R")
+    def __init__(self, make_frame, make_view, station=None, run="R"):
+        self.run = run
+        self.parts = Parts({} if station is None else {"s1": station}, PRODUCTS, budget_s=BUDGET_S, run=run)
         self._make_frame, self._make_view = make_frame, make_view
         self._numbers = Counter()
 
@@ -29,15 +31,13 @@ class Bench:
         """Let a frame arrive the moment it is captured; gives what that led to."""
         self._numbers[camera] += 1
         number = self._numbers[camera]
-        stamp = (part_id, "sei") if part_id is not None else (f"{camera}-R-{number}", "generated")
+        stamp = (part_id, "sei") if part_id is not None else (f"{camera}-{self.run}-{number}", "generated")
         frame = self._make_frame(
             camera_id=camera,
             number=number,
             captured_s=at,
             deadline_s=at + BUDGET_S,
-            part_id=stamp[0],
-            part_id_source=stamp[1],
-            **fields,
+            **({"part_id": stamp[0], "part_id_source": stamp[1]} | fields),
         )
         return self.parts.arrive(frame, at)
 
@@ -80,6 +80,17 @@ def test_a_part_that_is_open_holds_back_the_later_ones(bench):
     assert [verdict.sequence for verdict in line.judge(one)] == [1]
     assert [verdict.sequence for verdict in line.judge(two)] == [2, 3]
     assert len(line.parts) == 0
+
+
+def test_open_parts_are_counted_until_they_leave(bench):
+    """A part is open from its first frame until its verdict is released, decided or not."""
+    line = bench()
+    (first,), (second,) = line.frame("c1").frames, line.frame("c2").frames
+    assert line.parts.open_by_station() == {"s1": 2}
+    line.judge(second)
+    assert line.parts.open_by_station() == {"s1": 2}
+    line.judge(first)
+    assert line.parts.open_by_station() == {"s1": 0}
 
 
 def test_stations_do_not_wait_for_each_other(bench):
@@ -471,3 +482,31 @@ def test_triggered_parts_are_conserved(make_frame, make_view, events, gap_s):
     assert [verdict.sequence for verdict in verdicts] == list(range(1, len(wanted) + 1))
     assert len(used) == len(set(used))
     assert len(used) + len(strays) == frames
+
+
+STAMPED = {"part_id": "S-1", "part_id_source": "file"}
+
+
+@pytest.mark.parametrize(
+    ("plan", "happens", "same"),
+    [
+        ({"trigger": "message", "views": BOTH}, lambda bench: bench.trigger("S-1", meas_id="m"), True),
+        ({}, lambda bench: bench.frame(part_id="S-1"), True),
+        ({}, lambda bench: bench.frame(**STAMPED), True),
+        ({"views": BOTH}, lambda bench: bench.frame(part_id="S-1"), True),
+        ({}, lambda bench: bench.frame(), False),
+        ({"trigger": "counter", "views": BOTH}, lambda bench: bench.frame(trigger_count=7), False),
+    ],
+    ids=["trigger", "sei", "file", "sei, two views", "generated", "counter"],
+)
+def test_ids_over_a_restart(make_frame, make_view, plan, happens, same):
+    """What the world names has the same inspection id in every run; what a run names itself never has one again."""
+    station = Station(name="s1", **plan) if plan else None
+    ids = []
+    for run in ("R1", "R1", "R2"):
+        bench = Bench(make_frame, make_view, station, run)
+        happens(bench)
+        (part,) = (each.part for each in bench.parts._stations["s1"].waiting)
+        ids.append(inspection_id("/s/a/l", part.station, part.part_id, part.camera_id, part.meas_id))
+    assert ids[0] == ids[1]
+    assert (ids[0] == ids[2]) is same
