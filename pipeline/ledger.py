@@ -1,6 +1,6 @@
 """The account of parts: which were due, which verdicts a consumer sees, and what does not fit. Pure state, no I/O.
 
-Of every part it keeps a few hundred bytes, whatever was said of it; names are those of the wire. Fed by `reconcile`.
+Of every part it keeps less than a kilobyte, whatever was said of it; names are those of the wire. Fed by `reconcile`.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Ledger:
     """Takes what the topics hold, in any order of topics, and gives the account."""
 
     def __init__(self) -> None:
-        self._due: dict[PartKey, Due] = {}
+        self._due: dict[PartKey, Due] = {}  # of parts that have no verdict yet
         self._told: dict[PartKey, Told] = {}
         self._conflicts: dict[PartKey, Conflict] = {}
         self._repeated: Counter[str] = Counter()
@@ -136,13 +136,15 @@ class Ledger:
 
     def due(self, part: PartKey, due: Due) -> None:
         """Note that a part was there; of several witnesses the first one is kept."""
-        self._due.setdefault(part, due)
+        if part not in self._told:
+            self._due.setdefault(part, due)
 
     def told(self, told: Told, *, within: bool = True) -> None:
         """Note a verdict. One that is not `within` the period counts only for a part that was due in it."""
         self._number(told, within=within)
         if not within and told.part not in self._due and told.part not in self._told:
             return
+        self._due.pop(told.part, None)
         known = self._told.setdefault(told.part, told)
         if known is told:
             return
@@ -166,8 +168,6 @@ class Ledger:
         stored, dead = set(stored), set(dead)
         open_parts, held, missing = Counter[str](), Counter[str](), list[Missing]()
         for part, due in self._due.items():
-            if part in self._told:
-                continue
             if due.inspection in stored:
                 held[part.station] += 1
             elif due.at_ms >= open_after_ms:
