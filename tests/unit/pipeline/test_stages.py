@@ -34,9 +34,15 @@ def line(line_file, models_repo):
 
 
 def hang_publisher(line):
-    line._sink._producer = SimpleNamespace()
-    line._sink._waiting.append(Event("verdict.v1", b"k", b"v", ()))
-    return line._sink, "_send", line._sink._thread
+    sink = line._outbox._sink
+    sink._producer = SimpleNamespace()
+    sink._waiting.append(Event("verdict.v1", b"k", b"v", ()))
+    return sink, "_send", sink._thread
+
+
+def hang_outbox(line):
+    line._outbox._journal = SimpleNamespace()
+    return line._outbox, "_turn", line._outbox._thread
 
 
 def hang_probes(line):
@@ -48,6 +54,7 @@ def hang_probes(line):
 STAGES = {
     "judge": lambda line: (line._judge, "_turn", line._judge._thread),
     "dispatcher": lambda line: (line._batcher, "take", line._dispatcher),  # stopped by the line
+    "outbox": hang_outbox,
     "publisher": hang_publisher,
     "thresholds": lambda line: (line._thresholds, "_follow", line._thresholds._thread),
     "triggers": lambda line: (line._triggers, "_read", line._triggers._thread),
