@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import sys
 import time
@@ -12,7 +13,9 @@ import cv2
 import numpy as np
 import pytest
 from line_process import LineProcess, received, wait_until
+from tritonclient.grpc import InferenceServerClient, InferInput
 
+from pipeline.balance import Fault, fault_of
 from pipeline.servers import Kafka
 from pipeline.tail import VerdictReader, camera_states
 
@@ -79,3 +82,26 @@ def test_uninspected_goes_out_on_time_while_triton_hangs(made, stack):
     assert [camera["state"] for camera in running["cameras"]] == ["streaming"]
     assert all(model["thresholdSource"] for model in running["models"])
     assert camera_states(Kafka(bootstrap=[kafka]), f"/site/area/{made.name}").keys() == {"cam-1"}
+
+
+def test_a_budget_bounds_the_wait_in_tritons_queues(stack, products):
+    """Of twelve batches that ask for 1 ms of waiting, those that would wait longer are refused by the ensemble's own
+    steps, as with a full queue, instead of being judged for nobody."""
+    client = InferenceServerClient(stack.endpoints["triton"])
+    metadata = client.get_model_metadata(products[0], as_json=True)
+    height, width = (int(size) for size in metadata["inputs"][0]["shape"][1:3])
+    picture = np.zeros((8, height, width, 3), np.uint8)
+    tensor = InferInput("image", list(picture.shape), "UINT8")
+    tensor.set_data_from_numpy(picture)
+    answers: queue.Queue[Any] = queue.Queue()
+
+    def answered(result: Any, error: Any) -> None:
+        del result
+        answers.put(error)
+
+    for _ in range(12):
+        client.async_infer(products[0], [tensor], answered, timeout=1_000)
+    errors = [error for error in (answers.get(timeout=120) for _ in range(12)) if error is not None]
+    client.close()
+    assert errors
+    assert {fault_of("UNAVAILABLE", error.message()) for error in errors} == {Fault.BUSY}
