@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from typing import Any
+from uuid import uuid4
 
 import cv2
 import numpy as np
@@ -38,6 +39,7 @@ def made(stack, line_file, products, tmp_path) -> Any:
         grain = np.random.default_rng(number).integers(0, 255, (12, 16, 3), dtype=np.uint8)
         cv2.imwrite(str(pictures / f"part-{number:02d}.png"), cv2.resize(grain, (640, 480)))
     made = line_file(stack, budget_ms=1000, monitoring={"heartbeat_s": 0.5})
+    made.name = f"line-{uuid4().hex[:12]}"
     return made.camera(
         type="folder",
         path=str(pictures),
