@@ -1,9 +1,9 @@
 """The composition root: builds the stages of one line, wires them with queues, starts, drains and stops them.
 
-Threads: one reader a camera -> batcher -> one dispatcher -> gRPC's own -> one judge -> one publisher, one for pictures,
-one for thresholds, one for triggers where a station asks for them, two with a pool: its cameras, new products. A part
-is opened when its frame is captured or its trigger comes, and gets exactly one verdict. Called by the command line and
-by tests.
+Threads: one reader a camera -> batcher -> one dispatcher -> gRPC's own -> one judge -> one for the outbox -> one
+publisher, one for pictures, one for thresholds, one for heartbeats, one for triggers where a station asks for them, two
+with a pool: its cameras, new products. A part is opened when its frame is captured or its trigger comes, and gets
+exactly one verdict. Called by the command line and by tests.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from pipeline.errors import ConfigError, DependencyError, LineError
 from pipeline.events import Encoder, Place
 from pipeline.evidence import Evidence
 from pipeline.health import Health, HealthPage
+from pipeline.heartbeat import Heartbeat
 from pipeline.inference import InferenceClient
 from pipeline.judge import TICK_S, Judge
 from pipeline.manifest import Manifest, products_in, read_manifest
 from pipeline.metrics import LineSnapshot, Metrics
 from pipeline.newcomers import Newcomers
+from pipeline.outbox import Outbox
 from pipeline.parts import Parts
 from pipeline.pool import CameraPool
 from pipeline.readers import Readers
@@ -39,6 +41,9 @@ from pipeline.triggers import TriggerReader
 from pipeline.types import Cause, Frame, Inference, Trigger
 
 _DRAIN_MARGIN_S = 1.0
+# Of the time for the end of a run: what open parts may take of it, and the pictures; the rest is for delivery.
+_JUDGING_SHARE = 0.7
+_PICTURES_S = 5.0
 _SERVICE_WEIGHT = 0.2
 
 log = structlog.get_logger(__name__)
@@ -52,13 +57,15 @@ class Line:
         self._manifests = read_manifests(config)
         # Workers that start in the same second give different names to the parts of a camera that moves between them.
         run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
+        host = socket.gethostname()
         self._place = Place(
             config.site,
             config.area,
             config.line,
-            worker=f"{socket.gethostname()}-{run}",
+            worker=f"{host}-{run}",
             budget_ms=config.budget_ms,
             pool=None if config.pool is None else config.pool.name,
+            host=host,
         )
         self.metrics = Metrics()
         self.health = Health()
@@ -69,8 +76,14 @@ class Line:
         self._thresholds = ThresholdCache(
             ThresholdStore(config.redis), self._manifests, config.redis, metrics=self.metrics, health=self.health
         )
-        self._sink = Sink(config.kafka, metrics=self.metrics, health=self.health)
         self._encoder = Encoder(self._place, config.kafka.content_mode)
+        self._outbox = Outbox(
+            config.outbox,
+            Sink(config.kafka, encoder=self._encoder, metrics=self.metrics, health=self.health),
+            max_held=config.kafka.max_unacknowledged,
+            metrics=self.metrics,
+            health=self.health,
+        )
         self._evidence = Evidence(config.evidence, self._manifests, self.health)
         stations = config.station_plans
         self._triggers = TriggerReader(
@@ -78,7 +91,7 @@ class Line:
             stations,
             line=config.line,
             take=self._triggered,
-            refuse=self._sink.put,
+            refuse=self._outbox.put,
             encoder=self._encoder,
             metrics=self.metrics,
             health=self.health,
@@ -89,7 +102,7 @@ class Line:
             self._thresholds,
             evidence=self._evidence,
             encoder=self._encoder,
-            sink=self._sink,
+            outbox=self._outbox,
             metrics=self.metrics,
             health=self.health,
             settled=self._triggers.settled,
@@ -101,7 +114,7 @@ class Line:
             batcher=self._batcher,
             judge=self._judge,
             encoder=self._encoder,
-            sink=self._sink,
+            outbox=self._outbox,
             metrics=self.metrics,
             health=self.health,
             take=self._accept,
@@ -110,6 +123,16 @@ class Line:
         )
         for camera in config.cameras:
             self.cameras.prepare(camera)
+        self._heartbeat = Heartbeat(
+            config.monitoring.heartbeat_s,
+            self._manifests,
+            self._thresholds,
+            epoch=lambda: self.cameras.epoch,
+            encoder=self._encoder,
+            put=self._outbox.put,
+            metrics=self.metrics,
+            health=self.health,
+        )
         self._pool: CameraPool | None = None
         if config.pool is not None:
             self._pool = CameraPool(config.kafka, config.pool, self.cameras, metrics=self.metrics, health=self.health)
@@ -123,7 +146,7 @@ class Line:
             for product in self._inference.start(optional=self._manifests.keys() - set(self._config.products)):
                 del self._manifests[product]
             self._thresholds.start()
-            self._sink.start()
+            self._outbox.start()
             self._start_evidence()
             if self._pool is not None:
                 self._pool.connect()
@@ -135,17 +158,19 @@ class Line:
             self._triggers.close()
             self._close_page()
             self._evidence.close()
-            self._sink.close()
+            self._outbox.close(time.monotonic())
             self._thresholds.close()
             self._inference.close()
             raise
         self._judge.start()
+        self.health.beat("dispatcher")
         self._dispatcher.start()
         self.cameras.start()
         self._triggers.start()
         if self._pool is not None:
             self._pool.start(list(self.cameras.names))
             self._newcomers.start()
+        self._heartbeat.start()
         gc.collect()
         gc.freeze()  # what is here now stays: the collections of the judge look at the frames' garbage only
         log.info("line started", line=self._config.line, cameras=len(self._config.cameras), products=[*self._manifests])
@@ -167,18 +192,21 @@ class Line:
             self._pool.stop()
         self.cameras.stop()
         self._batcher.close()
-        until = time.monotonic() + self._config.budget_ms / 1e3 + _DRAIN_MARGIN_S
-        self.cameras.join(until)
+        drained_s = time.monotonic() + self._config.drain_timeout_s
+        judging_s = min(self._config.budget_ms / 1e3 + _DRAIN_MARGIN_S, self._config.drain_timeout_s * _JUDGING_SHARE)
+        judged_s = time.monotonic() + judging_s
+        self.cameras.join(judged_s)
         if self._pool is not None:
             self._pool.close()  # only now: whoever gets the cameras reads them at once
-        while self._judge.open_parts and time.monotonic() < until:
+        while self._judge.open_parts and time.monotonic() < judged_s:
             time.sleep(TICK_S)
         self._stop_dispatch.set()
         self._inference.close()
         self._dispatcher.join(2.0)
         self._judge.close()
-        self._evidence.close()
-        self._sink.close()
+        self._evidence.close(max(0.0, min(_PICTURES_S, drained_s - time.monotonic())))
+        self._heartbeat.close()
+        left = self._outbox.close(drained_s)
         self._triggers.close()  # after the last acknowledgement, which moves its place
         self._thresholds.close()
         self._close_page()
@@ -189,6 +217,7 @@ class Line:
             judged=last.judged,
             acknowledged=last.acknowledged,
             undelivered=last.undelivered,
+            left_in_outbox=left.parts,
         )
         return last
 

@@ -50,6 +50,7 @@ _TIMEOUT_S = 3.0
 _LET_GO_S = 3.0
 # Of a record's key, which need not be a camera's id: it is told in an event, which has to fit into a record.
 _LONGEST_NAME = 256
+_ACKNOWLEDGED_S = 20.0
 _STAGE = "camera pool"
 _APPLY = "apply the camera again with `logicrd cameras apply`"
 
@@ -128,6 +129,7 @@ class CameraPool:
         assert self._consumer is not None  # noqa: S101 (set by connect)
         self._static = frozenset(static)
         self._consumer.subscribe([self._topic], listener=_Listener(self))
+        self._health.beat(_STAGE)
         self._thread.start()
 
     def stop(self) -> None:
@@ -340,7 +342,7 @@ class PoolTopic:
                         if (value is None) is removing
                     ]
                     for future in sent:
-                        future.get(timeout=self._settings.drain_timeout_s)
+                        future.get(timeout=_ACKNOWLEDGED_S)
                     if removing and any(change.moves for change in changes):
                         time.sleep(_LET_GO_S)
             finally:

@@ -23,7 +23,8 @@ TOPICS: dict[str, tuple[int, dict[str, str]]] = {
     "inspection.view.v1": (6, {}),
     "inspection.trigger.v1": (6, {}),
     "inspection.audit.v1": (6, {}),
-    "inspection.status.v1": (6, {}),
+    # The last word of each camera and worker stays for a week; what lies in the open segment is never compacted.
+    "inspection.status.v1": (6, {"cleanup.policy": "compact,delete", "segment.ms": "3600000"}),
     "inspection.dlq.v1": (6, {}),
     # A camera belongs to a partition, and a partition to a worker: as many as workers could ever share, never changed.
     "inspection.cameras.v1": (32, {"cleanup.policy": "compact"}),
