@@ -38,9 +38,11 @@ from pipeline.triggers import TriggerReader
 from pipeline.types import Cause, Frame, Inference, Trigger
 
 _DRAIN_MARGIN_S = 1.0
-# Of the time for the end of a run: what open parts may take of it, and the pictures; the rest is for delivery.
+# Of the time for the end of a run: what open parts may take of it, the pictures, and Kafka's clients to disconnect; the
+# rest is for delivery.
 _JUDGING_SHARE = 0.7
 _PICTURES_S = 5.0
+_CLOSING_S = 2.0
 _SERVICE_WEIGHT = 0.2
 
 log = structlog.get_logger(__name__)
@@ -181,7 +183,7 @@ class Line:
         self._dispatcher.join(2.0)
         self._judge.close()
         self._evidence.close(max(0.0, min(_PICTURES_S, drained_s - time.monotonic())))
-        left = self._outbox.close(drained_s)
+        left = self._outbox.close(drained_s - _CLOSING_S)
         self._triggers.close()  # after the last acknowledgement, which moves its place
         self._thresholds.close()
         self._close_page()
