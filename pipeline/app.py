@@ -165,14 +165,15 @@ class Line:
 
     def close(self) -> LineSnapshot:
         """Stop the cameras, let every open part get its verdict, deliver what is left; gives the last figures."""
+        now_s = time.monotonic()
+        drained_s = now_s + self._config.drain_timeout_s
+        judging_s = min(self._config.budget_ms / 1e3 + _DRAIN_MARGIN_S, self._config.drain_timeout_s * _JUDGING_SHARE)
+        judged_s = now_s + judging_s
         self._triggers.stop()
         if self._pool is not None:
             self._pool.stop()
         self.cameras.stop()
         self._batcher.close()
-        drained_s = time.monotonic() + self._config.drain_timeout_s
-        judging_s = min(self._config.budget_ms / 1e3 + _DRAIN_MARGIN_S, self._config.drain_timeout_s * _JUDGING_SHARE)
-        judged_s = time.monotonic() + judging_s
         self.cameras.join(judged_s)
         if self._pool is not None:
             self._pool.close()  # only now: whoever gets the cameras reads them at once

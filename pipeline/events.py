@@ -127,14 +127,20 @@ class Encoder:
         return self._event("audit", name, data.part_id, at, f"{place.line}/{frame.station}".encode(), _json(data))
 
     def dead_letter(
-        self, place: str, key: bytes | None, value: bytes | None, headers: Iterable[tuple[str, bytes]], error: str
+        self,
+        place: str,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Iterable[tuple[str, bytes | None]],
+        error: str,
     ) -> Event:
         """Wrap a record that cannot be used: as it came, with what was wrong and where it lay (`place`) as headers."""
         told = {"logicrd_error": error, "logicrd_record": place, "logicrd_worker": self._place.worker}
         if value is not None and len(value) > _LONGEST_DEAD_LETTER:
             value, told["logicrd_cut_from"] = value[:_LONGEST_DEAD_LETTER], str(len(value))
+        kept = ((name, data or b"") for name, data in headers)  # Kafka knows headers without a value
         added = ((name, text.encode()) for name, text in told.items())
-        return Event(_DEAD_LETTER, key or b"", value or b"", (*headers, *added))
+        return Event(_DEAD_LETTER, key or b"", value or b"", (*kept, *added))
 
     def status(
         self, camera_id: str, state: CameraState, reason: str, at: datetime, *, epoch: int | None = None

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -158,6 +159,23 @@ def test_a_killed_run_is_replayed_before_new_events_and_in_order(start, tmp_path
     second.acknowledge()
     assert again.close(time.monotonic() + WAIT_S).events == 0
     assert list((tmp_path / "outbox").iterdir()) == []
+
+
+def test_the_end_waits_for_all_that_is_stored(start):
+    """A run that ends at once still delivers what an earlier one left, and what was put a moment before."""
+    outbox = start(Broker(most=0))
+    outbox.put(*(part(number) for number in range(50)))
+    assert outbox.close(time.monotonic()).parts == 50
+    broker = Broker(most=20)
+    again = start(broker)
+    again.put(part(50))
+    over = threading.Event()
+    kafka = threading.Thread(target=lambda: [broker.acknowledge() for _ in iter(lambda: over.wait(0.01), True)])
+    kafka.start()
+    assert again.close(time.monotonic() + WAIT_S) == outbox_module.Left()
+    over.set()
+    kafka.join()
+    assert broker.values == [b"part %d" % number for number in range(51)]
 
 
 def test_no_more_is_under_way_than_kafka_has_room_for(start):
