@@ -252,9 +252,12 @@ def packed(event: Event) -> bytes:
 def unpacked(data: bytes) -> Event:
     """Read what `packed` made. Raises ValueError."""
     head, _, value = data.partition(b"\n")
-    topic, key, is_part, headers = json.loads(head)
-    named = tuple((name, text.encode("latin-1")) for name, text in headers)
-    return Event(topic, key.encode("latin-1"), value, named, is_part=is_part)
+    try:
+        topic, key, is_part, headers = json.loads(head)
+        named = tuple((name, text.encode("latin-1")) for name, text in headers)
+        return Event(topic, key.encode("latin-1"), value, named, is_part=is_part)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"no event: {error}") from None
 
 
 def _json(data: BaseModel) -> bytes:

@@ -186,9 +186,7 @@ class Outbox:
             self._thread.join(_LAST_TURN_S)
         unconfirmed = self._sink.close(until_s)
         self._stop.set()
-        if self._journal is None:
-            return self._lose(unconfirmed)
-        return self._leave(self._journal)
+        return self._lose(unconfirmed) if self._journal is None else self._leave(self._journal)
 
     def _empty(self) -> bool:
         return not self._in_memory and (self._journal is None or not self._journal.left)  # on disk, then no longer here
@@ -226,8 +224,7 @@ class Outbox:
 
     def _run(self) -> None:
         assert self._journal is not None  # noqa: S101 (set by start)
-        shown_s = 0.0
-        last = False
+        shown_s, last = 0.0, False
         while not last:
             self._health.beat(_STAGE)
             last = self._stop.is_set()  # one more turn then, for what was put before
@@ -304,26 +301,24 @@ class Outbox:
         """Write the events of a spell without a disk; those that are on their way to Kafka are not read again."""
         for handed in (True, False):
             entries = [entry for entry in self._held if entry.handed is handed]
-            if not entries:
-                continue
-            self._append(journal, entries, [packed(entry.event) for entry in entries])
-            if handed:
+            if entries:
+                self._append(journal, entries, [packed(entry.event) for entry in entries])
+            if entries and handed:
                 journal.skip()
             for entry in entries:
                 del self._held[entry]
 
     def _store_pending(self, journal: Journal) -> None:
-        now_ms = self._now_ms()
-        entries = [_Entry(event, now_ms) for group in self._pending for event in group.events]
+        entries = [_Entry(event, self._now_ms()) for group in self._pending for event in group.events]
         self._append(journal, entries, [payload for group in self._pending for payload in group.payloads])
-        for group in self._pending:
+        groups, self._pending = self._pending, deque()
+        for group in groups:
             if group.final is not None:
                 group.final()
-        self._pending.clear()
 
     def _append(self, journal: Journal, entries: list[_Entry], payloads: list[bytes]) -> None:
-        kinds = [entry.kind for entry in entries]
-        numbers = journal.append(list(zip(kinds, payloads, strict=True)), self._now_ms())
+        records = zip((entry.kind for entry in entries), payloads, strict=True)
+        numbers = journal.append(list(records), self._now_ms())
         for entry, number in zip(entries, numbers, strict=True):
             entry.number = number
         self._stored_s = time.monotonic()
@@ -353,7 +348,12 @@ class Outbox:
         room = min(_WINDOW - len(self._out), self._sink.room)
         if room > 0 and journal.behind:
             for record in journal.read(room):
-                self._hand(_Entry(unpacked(record.payload), record.at_ms, record.number))
+                try:
+                    self._hand(_Entry(unpacked(record.payload), record.at_ms, record.number))
+                except ValueError as error:  # written by another version of this program
+                    log.error("an event in the outbox makes no sense: left out", number=record.number, error=str(error))
+                    self._metrics.undelivered(1, parts=int(record.kind == _PART))
+                    journal.acknowledge([(record.number, record.kind)])
             room = min(_WINDOW - len(self._out), self._sink.room)
         if not journal.behind and self._held:
             for entry in list(islice((entry for entry in self._held if not entry.handed), max(0, room))):
