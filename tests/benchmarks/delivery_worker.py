@@ -21,6 +21,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
+from pipeline import logs
 from pipeline.config import Outbox as OutboxSettings
 from pipeline.events import Encoder, Event, Place
 from pipeline.health import Health
@@ -228,6 +229,7 @@ def _folder(root: str) -> Iterator[Path]:
 
 def main(way_name: str, what: str, address: str, prefix: str, root: str, *numbers: str) -> None:
     """Measure once; prints the figures."""
+    logs.configure(level="error")
     kafka = Kafka(bootstrap=[address], topic_prefix=prefix, startup_timeout_s=60)
     with _folder(root) as folder:
         if what == "drain":
