@@ -79,62 +79,15 @@ class Line:
             ThresholdStore(config.redis), self._manifests, config.redis, metrics=self.metrics, health=self.health
         )
         self._encoder = Encoder(self._place, config.kafka.content_mode)
-        self._outbox = Outbox(
-            config.outbox,
-            Sink(config.kafka, encoder=self._encoder, metrics=self.metrics, health=self.health),
-            max_held=config.kafka.max_unacknowledged,
-            metrics=self.metrics,
-            health=self.health,
-        )
         self._evidence = Evidence(config.evidence, self._manifests, self.health)
-        stations = config.station_plans
-        self._triggers = TriggerReader(
-            config.kafka,
-            stations,
-            line=config.line,
-            take=self._triggered,
-            refuse=self._outbox.put,
-            encoder=self._encoder,
-            metrics=self.metrics,
-            health=self.health,
-        )
-        self._judge = Judge(
-            Parts(stations, {}, budget_s=config.budget_ms / 1e3, run=run),
-            self._manifests,
-            self._thresholds,
-            evidence=self._evidence,
-            encoder=self._encoder,
-            outbox=self._outbox,
-            metrics=self.metrics,
-            health=self.health,
-            settled=self._triggers.settled,
-        )
+        self._outbox = self._make_outbox(config)
+        self._triggers = self._make_triggers(config)
+        self._judge = self._make_judge(config, run)
         self._stop_dispatch = threading.Event()
-        self.cameras = Readers(
-            self._manifests,
-            stations,
-            batcher=self._batcher,
-            judge=self._judge,
-            encoder=self._encoder,
-            outbox=self._outbox,
-            metrics=self.metrics,
-            health=self.health,
-            take=self._accept,
-            run=run,
-            budget_s=config.budget_ms / 1e3,
-        )
+        self.cameras = self._make_readers(config, run)
+        self._heartbeat = self._make_heartbeat(config)
         for camera in config.cameras:
             self.cameras.prepare(camera)
-        self._heartbeat = Heartbeat(
-            config.monitoring.heartbeat_s,
-            self._manifests,
-            self._thresholds,
-            epoch=lambda: self.cameras.epoch,
-            encoder=self._encoder,
-            put=self._outbox.put,
-            metrics=self.metrics,
-            health=self.health,
-        )
         self._pool: CameraPool | None = None
         if config.pool is not None:
             self._pool = CameraPool(config.kafka, config.pool, self.cameras, metrics=self.metrics, health=self.health)
@@ -246,6 +199,67 @@ class Line:
     def _close_page(self) -> None:
         if self._page is not None:
             self._page.__exit__(None, None, None)
+
+    def _make_outbox(self, config: LineConfig) -> Outbox:
+        return Outbox(
+            config.outbox,
+            Sink(config.kafka, encoder=self._encoder, metrics=self.metrics, health=self.health),
+            max_held=config.kafka.max_unacknowledged,
+            metrics=self.metrics,
+            health=self.health,
+        )
+
+    def _make_triggers(self, config: LineConfig) -> TriggerReader:
+        return TriggerReader(
+            config.kafka,
+            config.station_plans,
+            line=config.line,
+            take=self._triggered,
+            refuse=self._outbox.put,
+            encoder=self._encoder,
+            metrics=self.metrics,
+            health=self.health,
+        )
+
+    def _make_judge(self, config: LineConfig, run: str) -> Judge:
+        return Judge(
+            Parts(config.station_plans, {}, budget_s=config.budget_ms / 1e3, run=run),
+            self._manifests,
+            self._thresholds,
+            evidence=self._evidence,
+            encoder=self._encoder,
+            outbox=self._outbox,
+            metrics=self.metrics,
+            health=self.health,
+            settled=self._triggers.settled,
+        )
+
+    def _make_readers(self, config: LineConfig, run: str) -> Readers:
+        return Readers(
+            self._manifests,
+            config.station_plans,
+            batcher=self._batcher,
+            judge=self._judge,
+            encoder=self._encoder,
+            outbox=self._outbox,
+            metrics=self.metrics,
+            health=self.health,
+            take=self._accept,
+            run=run,
+            budget_s=config.budget_ms / 1e3,
+        )
+
+    def _make_heartbeat(self, config: LineConfig) -> Heartbeat:
+        return Heartbeat(
+            config.monitoring.heartbeat_s,
+            self._manifests,
+            self._thresholds,
+            epoch=lambda: self.cameras.epoch,
+            encoder=self._encoder,
+            put=self._outbox.put,
+            metrics=self.metrics,
+            health=self.health,
+        )
 
     # Camera threads, and that of the triggers
 
