@@ -24,6 +24,7 @@ from pipeline import config as configuration
 from pipeline import deepstream, logs
 from pipeline.app import Line, read_manifests
 from pipeline.cli_cameras import cameras_app
+from pipeline.cli_topics import topics_app
 from pipeline.errors import CheckError, LineError
 from pipeline.health import Health
 from pipeline.inference import InferenceClient
@@ -60,6 +61,7 @@ for name, group in (
     ("verdicts", verdicts_app),
     ("config", config_app),
     ("deepstream", deepstream_app),
+    ("topics", topics_app),
 ):
     app.add_typer(group, name=name)
 
