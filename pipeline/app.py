@@ -31,7 +31,8 @@ from pipeline.parts import Parts
 from pipeline.pool import CameraPool
 from pipeline.readers import Readers
 from pipeline.sink import Sink
-from pipeline.thresholds import ThresholdCache, ThresholdStore
+from pipeline.threshold_store import ThresholdStore
+from pipeline.thresholds import ThresholdCache
 from pipeline.triggers import TriggerReader
 from pipeline.types import Cause, Frame, Inference, Trigger
 

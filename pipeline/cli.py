@@ -7,7 +7,6 @@ stdout is the answer, stderr the rest; `--json` prints one document (one a line 
 
 from __future__ import annotations
 
-import getpass
 import json
 import signal
 import sys
@@ -15,7 +14,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.live import Live
@@ -24,11 +23,12 @@ from pipeline import config as configuration
 from pipeline import deepstream, logs
 from pipeline.app import Line, read_manifests
 from pipeline.cli_cameras import cameras_app
+from pipeline.cli_thresholds import threshold_doubts, thresholds_app
 from pipeline.cli_topics import topics_app
 from pipeline.errors import CheckError, LineError
 from pipeline.health import Health
 from pipeline.inference import InferenceClient
-from pipeline.manifest import Manifest, read_manifest, region_doubts
+from pipeline.manifest import region_doubts
 from pipeline.metrics import LineSnapshot, Metrics
 from pipeline.pool import PoolTopic
 from pipeline.screen import draw, frame_rates, verdict_line
@@ -42,16 +42,14 @@ from pipeline.terminal import (
     run_script,
     stderr,
     stdout,
-    table_of,
 )
-from pipeline.thresholds import ThresholdStore
+from pipeline.threshold_store import ThresholdStore
 from pipeline.types import CameraState
 from pipeline.wire import schemas
 
 app = typer.Typer(
     help="LogicRD: cameras in, verdicts out.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
-thresholds_app = typer.Typer(help="Limits per product, kept in Redis.", no_args_is_help=True)
 verdicts_app = typer.Typer(help="Verdicts on Kafka.", no_args_is_help=True)
 config_app = typer.Typer(help="The line file.", no_args_is_help=True)
 deepstream_app = typer.Typer(help="The all-GPU alternative.", no_args_is_help=True)
@@ -135,8 +133,7 @@ def check(config: Config = CONFIG_FILE, as_json: Json = False) -> None:
     done += [f"Triton at {replica}, signatures of {signatures}" for replica in replicas]
     doubts += [f"product {product!r} is not served: cameras of the pool cannot have it" for product in unfit]
     store = ThresholdStore(settings.redis)
-    for product in manifests:
-        store.get(product)
+    doubts += threshold_doubts(store, manifests.values())
     done.append(f"Redis at {settings.redis.url}")
     triggered = any(station.trigger == "message" for station in settings.stations)
     for topic in ("verdict.v1", "trigger.v1") if triggered else ("verdict.v1",):
@@ -162,77 +159,6 @@ def bench(context: typer.Context) -> None:
     if not context.args or context.args[0] not in kinds:
         raise typer.BadParameter(f"name a benchmark: {', '.join(sorted(kinds))}")
     raise typer.Exit(run_script(f"tests/benchmarks/{context.args[0]}.py", context.args[1:]))
-
-
-@thresholds_app.command("list")
-def thresholds_list(config: Config = CONFIG_FILE, as_json: Json = False) -> None:
-    """Show the limits of every product of the line, and where they come from."""
-    settings = configuration.load(config)
-    store = ThresholdStore(settings.redis)
-    rows = [_threshold_row(store, manifest) for manifest in read_manifests(settings).values()]
-    answer(rows, as_json, table_of(rows, ["product", "ng", "review", "version", "source", "updated_by", "reason"]))
-
-
-@thresholds_app.command("get")
-def thresholds_get(product: str, config: Config = CONFIG_FILE, as_json: Json = False) -> None:
-    """Show the limits of one product."""
-    settings = configuration.load(config)
-    row = _threshold_row(ThresholdStore(settings.redis), read_manifest(settings.triton.models_repo, product))
-    answer(row, as_json, "\n".join(f"{key:14} {value}" for key, value in row.items()))
-
-
-@thresholds_app.command("set", context_settings={"ignore_unknown_options": True})
-def thresholds_set(
-    product: str,
-    ng: Annotated[float, typer.Option(help="At this score and above: NG.")],
-    review: Annotated[
-        float | None, typer.Option(help="At this score and above: REVIEW. Default: the same as --ng.")
-    ] = None,
-    reason: Annotated[str, typer.Option(help="Why; kept in the history.")] = "",
-    author: Annotated[str, typer.Option(help="Who; default: the user's name.")] = "",
-    version: Annotated[int | None, typer.Option(help="Refuse unless this version is in force.")] = None,
-    config: Config = CONFIG_FILE,
-    as_json: Json = False,
-) -> None:
-    """Set the limits of one product; a running line takes them with the next part."""
-    settings = configuration.load(config)
-    manifest = read_manifest(settings.triton.models_repo, product)
-    store = ThresholdStore(settings.redis)
-    before = _threshold_row(store, manifest)
-    new = store.set(
-        manifest,
-        ng=ng,
-        review=ng if review is None else review,
-        author=author or getpass.getuser(),
-        reason=reason,
-        expected_version=version,
-    )
-    after = _threshold_row(store, manifest)
-    text = (
-        f"{product}: ng {before['ng']} -> {after['ng']}, review {before['review']} -> {after['review']}, version {new}"
-    )
-    answer({"before": before, "after": after}, as_json, text)
-
-
-@thresholds_app.command("history")
-def thresholds_history(
-    product: str,
-    count: Annotated[int, typer.Option(min=1, max=1000)] = 20,
-    config: Config = CONFIG_FILE,
-    as_json: Json = False,
-) -> None:
-    """Show who changed the limits of a product, when and why; newest first."""
-    rows = ThresholdStore(configuration.load(config).redis).history(product, count)
-    answer(rows, as_json, table_of(rows, ["version", "ng", "review", "updated_at", "updated_by", "reason"]))
-
-
-@thresholds_app.command("suggest")
-def thresholds_suggest(product: str, config: Config = CONFIG_FILE, as_json: Json = False) -> None:
-    """Show what the model's validation normals suggest."""
-    manifest = read_manifest(configuration.load(config).triton.models_repo, product)
-    limits = manifest.calibration.thresholds
-    found = {"product": product, "ng": limits.ng, "review": limits.review, "model_sha256": manifest.model_sha256}
-    answer(found, as_json, f"{product}: ng {limits.ng:.4f}, review {limits.review:.4f} (from validation normals)")
 
 
 @verdicts_app.command("tail")
@@ -337,27 +263,6 @@ def _complain(error: LineError) -> None:
     stderr.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
     if error.hint:
         stderr.print(f"hint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _threshold_row(store: ThresholdStore, manifest: Manifest) -> dict[str, Any]:
-    """Show a product's limits as the line would take them."""
-    fields = store.get(manifest.product)
-    if not fields or fields.get("model_sha256") != manifest.model_sha256:
-        limits = manifest.calibration.thresholds
-        note = "set for another model; not used" if fields else ""
-        return {
-            "product": manifest.product,
-            "ng": round(limits.ng, 4),
-            "review": round(limits.review, 4),
-            "version": 0,
-            "source": "manifest",
-            "updated_by": "",
-            "updated_at": "",
-            "reason": note,
-        }
-    shown = {key: fields.get(key, "") for key in ("ng", "review", "version")}
-    rest = {key: fields.get(key, "") for key in ("updated_by", "updated_at", "reason")}
-    return {"product": manifest.product, **shown, "source": "redis", **rest}
 
 
 if __name__ == "__main__":

@@ -213,6 +213,11 @@ def load(path: Path) -> LineConfig:
     config = _with_masks_read(_rooted(config, path.resolve().parent), path)
     for secret in _secrets(config):
         read_secret(secret)
+    for pem in (config.redis.ca_file, config.redis.certificate_file):
+        if pem is not None and not pem.is_file():
+            raise ConfigError(
+                f"{path}: redis: {pem} is not there", hint="correct the path; it is taken from the file's"
+            )
     return config
 
 
@@ -231,11 +236,19 @@ def without_colour() -> bool:
 def read_yaml(path: Path, *, hint: str = "") -> object:
     """Read a YAML file, whatever it holds. Raises ConfigError, with `hint` when there is no such file."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(read_text(path, hint=hint))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+
+
+def read_text(path: Path, *, hint: str = "") -> str:
+    """Read a file of text. Raises ConfigError, with `hint` when there is no such file."""
+    try:
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", hint=hint) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error}") from None
 
 
 def _rooted(config: LineConfig, root: Path) -> LineConfig:
@@ -271,7 +284,8 @@ def with_mask(camera: Camera, path: Path) -> Camera:
 
 def _secrets(config: LineConfig) -> Iterator[Path]:
     cameras = (getattr(camera, "password_file", None) for camera in config.cameras)
-    yield from (path for path in (*cameras, config.redis.password_file) if path is not None)
+    servers = (config.redis.password_file, config.redis.key_file)
+    yield from (path for path in (*cameras, *servers) if path is not None)
 
 
 def _explain(path: Path, error: ValidationError) -> Iterator[str]:

@@ -5,7 +5,7 @@ The only place where views become a part's verdict. Called by `parts`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -54,32 +54,31 @@ class OpenPart:
         return True
 
 
+def worst(views: Sequence[tuple[Judgement, bool]], *, absent: bool) -> Judgement:
+    """Judge a part by what each view says and whether it is required; `absent`: a required view is missing.
+
+    An NG stands whatever the others show. Else a required view that is missing or was not inspected makes the part
+    UNINSPECTED, and so does a part of which no view was inspected.
+    """
+    said = {judgement for judgement, _ in views}
+    if Judgement.NG in said:
+        return Judgement.NG
+    if absent or (Judgement.UNINSPECTED, True) in views or said <= {Judgement.UNINSPECTED}:
+        return Judgement.UNINSPECTED
+    return Judgement.REVIEW if Judgement.REVIEW in said else Judgement.OK
+
+
 def fuse(
     views: list[ViewVerdict], missing: list[MissingView], optional: Collection[str]
 ) -> tuple[Judgement, tuple[str, ...]]:
-    """Judge a part by its views: the worst one decides.
-
-    An NG stands whatever the others show. Else a required view that is missing or was not inspected makes the part
-    UNINSPECTED, and so does a part of which no view was inspected. Reasons are those of the views that decided.
-    """
-
-    def reasons(of: Iterable[ViewVerdict]) -> Iterator[str]:
-        return chain.from_iterable(view.verdict.reasons for view in of)
-
-    by_judgement = {kind: [view for view in views if view.verdict.judgement is kind] for kind in Judgement}
-    if by_judgement[Judgement.NG]:
-        return Judgement.NG, _once(reasons(by_judgement[Judgement.NG]))
-    unseen = by_judgement[Judgement.UNINSPECTED]
-    needed = [view for view in unseen if view.frame.camera_id not in optional]
+    """Judge a part by its views, see `worst`. Reasons are those of the views that decided."""
     absent = [view for view in missing if view.required]
-    if needed or absent:
-        return Judgement.UNINSPECTED, _once(chain(reasons(needed), (view.cause.value for view in absent)))
-    if len(unseen) == len(views):
-        return Judgement.UNINSPECTED, _once(chain(reasons(unseen), (view.cause.value for view in missing)))
-    if by_judgement[Judgement.REVIEW]:
-        return Judgement.REVIEW, _once(reasons(by_judgement[Judgement.REVIEW]))
-    return Judgement.OK, ()
-
-
-def _once(reasons: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(reasons))
+    said = [(view.verdict.judgement, view.frame.camera_id not in optional) for view in views]
+    judgement = worst(said, absent=bool(absent))
+    deciding = [view for view in views if view.verdict.judgement is judgement]
+    if judgement is Judgement.UNINSPECTED:
+        needed = [view for view in deciding if view.frame.camera_id not in optional]
+        if needed or absent:
+            deciding, missing = needed, absent
+    causes = (view.cause.value for view in missing) if judgement is Judgement.UNINSPECTED else ()
+    return judgement, tuple(dict.fromkeys(chain(*(view.verdict.reasons for view in deciding), causes)))

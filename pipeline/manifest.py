@@ -68,9 +68,17 @@ class HeatMapScale(_Part):
     high: Finite
 
 
-class Calibration(_Part):
-    """What the validation normals said."""
+class Quantiles(_Part):
+    """Quantiles of the validation normals' fused score by their level, `{"0.99": 4.2}`, interpolated linearly."""
 
+    score: dict[Annotated[str, Field(pattern=r"^(0\.[0-9]+|1\.0+)$")], Finite]
+
+
+class Calibration(_Part):
+    """What the validation normals said; `images` is how many they were. Old exports tell no number and no quantiles."""
+
+    images: Annotated[int, Field(ge=1)] | None = None
+    quantiles: Quantiles | None = None
     fusion: Fusion
     thresholds: Limits
     heatmap: HeatMapScale

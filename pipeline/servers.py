@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.cameras import Block, Positive, without_credentials
 
@@ -69,16 +69,34 @@ class Redis(Block):
     """Where thresholds live."""
 
     url: Annotated[str, Field(pattern=r"^(redis|rediss|unix)://")] = "redis://127.0.0.1:16379/0"
-    """Server and data base, without a password."""
+    """Server and data base, without a password; `rediss://` speaks TLS."""
+    user: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{0,64}$")] = ""
+    """ACL user of Redis; empty: its `default`."""
     password_file: Path | None = None
     """File that holds the password, and nothing else."""
-
-    @field_validator("url")
-    @classmethod
-    def _no_credentials(cls, url: str) -> str:
-        return without_credentials(url)
-
+    ca_file: Path | None = None
+    """PEM file of the authority that signed the server's certificate, beside those that the system trusts."""
+    certificate_file: Path | None = None
+    """PEM file of a client certificate, for a server that asks for one."""
+    key_file: Path | None = None
+    """PEM file of its private key, without a passphrase."""
     refresh_s: Positive = 30.0
     """How often thresholds are read again, whether or not a change was announced."""
     snapshot: Path | None = None
-    """File for the last known good thresholds: used when Redis is down at start."""
+    """File for the last known good thresholds: used when Redis is down at start, or holds older ones."""
+
+    @field_validator("url")
+    @classmethod
+    def _address_alone(cls, url: str) -> str:
+        # The client library takes every setting from the query, a password and the end of all checks among them.
+        if re.search(r"[?&](?!db=[0-9]+(&|$))", url) or "#" in url:
+            raise ValueError("settings do not belong in the address; `?db=1` alone may follow a socket's path")
+        return without_credentials(url)
+
+    @model_validator(mode="after")
+    def _tls_fits(self) -> Redis:
+        if (self.ca_file or self.certificate_file or self.key_file) and not self.url.startswith("rediss://"):
+            raise ValueError("`ca_file`, `certificate_file` and `key_file` need an address with `rediss://`")
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("`certificate_file` and `key_file` go together")
+        return self

@@ -1,6 +1,6 @@
 """Verdicts as a MES reads them: a plain consumer on the verdict topic, decoded and filtered.
 
-Used by `logicrd verdicts tail`, `logicrd cameras list` and by tests that must not trust the worker's own account.
+Used by `logicrd verdicts tail`, `cameras list` and `thresholds`, and by tests that must not trust the worker's account.
 Commits no offsets.
 """
 
@@ -23,11 +23,16 @@ from pipeline.servers import Kafka as KafkaSettings
 _UNHEARD = timedelta(minutes=5)
 """How long a worker that Kafka cannot reach may go on speaking of cameras that are another's."""
 
+_FARTHEST = 1_000_000
+"""How many records of a partition are searched at least before a product counts as rare."""
+
 
 class VerdictReader:
-    """Reads one of the line's topics, from its start or from now on."""
+    """Reads one of the line's topics: from its start, from now on, or from this many records before the end on."""
 
-    def __init__(self, settings: KafkaSettings, *, topic: str = "verdict.v1", start: Literal["first", "now"]) -> None:
+    def __init__(
+        self, settings: KafkaSettings, *, topic: str = "verdict.v1", start: Literal["first", "now"] | int
+    ) -> None:
         self._settings = settings
         self._topic = f"{settings.topic_prefix}.{topic}"
         self._start = start
@@ -53,7 +58,10 @@ class VerdictReader:
             else:
                 consumer.seek_to_end()
             for partition in consumer.assignment():
-                consumer.position(partition)
+                end = consumer.position(partition)
+                if isinstance(self._start, int):
+                    first = consumer.beginning_offsets([partition])[partition]
+                    consumer.seek(partition, max(first, end - self._start))
         except KafkaError as error:
             servers = ", ".join(self._settings.bootstrap)
             raise DependencyError(f"Kafka at {servers}: {error}", hint="start it: `logicrd stack up`") from None
@@ -84,10 +92,35 @@ class VerdictReader:
         while any(self._consumer.position(partition) < end for partition, end in ends.items()):
             yield from self._poll()
 
+    def is_whole(self) -> bool:
+        """Say whether everything that the topic still holds is read, or has yet to be."""
+        assert self._consumer is not None  # noqa: S101 (set by __enter__)
+        firsts = self._consumer.beginning_offsets(list(self._consumer.assignment()))
+        return all(self._consumer.position(partition) <= first for partition, first in firsts.items())
+
     def _poll(self) -> Iterator[dict[str, Any]]:
         assert self._consumer is not None  # noqa: S101 (set by __enter__)
         for records in self._consumer.poll(timeout_ms=250).values():
             yield from map(_event, records)
+
+
+def last_verdicts(settings: KafkaSettings, source: str, product: str, count: int) -> list[dict[str, Any]]:
+    """Give the last `count` verdicts on parts of a product, each part's first, oldest first. Raises DependencyError.
+
+    `source` is the line's, `/site/area/line`. Looks further and further back, for other products share the partitions.
+    """
+    back = count
+    while True:
+        with VerdictReader(settings, start=back) as reader:
+            whole = reader.is_whole()
+            found: dict[str, dict[str, Any]] = {}
+            for event in reader.read_to_end():
+                attributes, data = event.get("attributes", {}), event.get("data", {})
+                if attributes.get("source") == source and data.get("productId") == product:
+                    found.setdefault(str(attributes.get("id")), event)
+        if whole or len(found) >= count or back > _FARTHEST:
+            return sorted(found.values(), key=_time)[-count:]
+        back *= 8
 
 
 def camera_states(settings: KafkaSettings, source: str) -> dict[str, dict[str, str]]:

@@ -1,130 +1,36 @@
-"""Thresholds per product: written to Redis with an author, read from memory by the line.
+"""Thresholds per product as the line has them: read from memory by the judge, kept fresh from Redis.
 
 The line takes a snapshot at start, hears of changes by pub/sub, reads everything again every `refresh_s`, and keeps its
-own last known good copy in memory and on disk; the frame path never waits for Redis. What Redis holds is not trusted:
-a threshold that is not finite, out of order or set for another model is not used.
+own last known good copy in memory and on disk; the frame path never waits for Redis. What Redis holds is not trusted: a
+threshold that is not finite, out of order, set for another model or older than the one in force is not used, and log
+and metrics say so. Never writes to Redis. Called by `app` and the judge.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
-from typing import Any, cast
+from pathlib import Path
 
 import redis
 import structlog
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from pipeline.cameras import read_secret
-from pipeline.errors import CheckError, ConfigError, DependencyError
+from pipeline.errors import ConfigError, DependencyError
 from pipeline.health import Health
+from pipeline.limits import LINE_FIELDS, Reading, is_older, parse, read
 from pipeline.manifest import Manifest
 from pipeline.metrics import Metrics
 from pipeline.servers import Redis as RedisSettings
+from pipeline.threshold_store import CHANNEL, ThresholdStore
 from pipeline.types import Threshold, ThresholdSource
 
-KEY = "logicrd:threshold:"
-CHANNEL = "logicrd:thresholds"
-HISTORY_LENGTH = 1000
-_TIMEOUT_S = 0.5
 _STAGE = "thresholds"
-
-# Compare-and-set on the version: two engineers who change the same product never overwrite each other unseen.
-_SET = """
-local version = tonumber(redis.call('HGET', KEYS[1], 'version') or '0')
-if ARGV[1] ~= '' and tonumber(ARGV[1]) ~= version then return -version - 1 end
-local fields = {'ng', ARGV[2], 'review', ARGV[3], 'version', version + 1, 'model_sha256', ARGV[4],
-                'updated_at', ARGV[5], 'updated_by', ARGV[6], 'reason', ARGV[7]}
-redis.call('HSET', KEYS[1], unpack(fields))
-redis.call('XADD', KEYS[1] .. ':history', 'MAXLEN', '~', ARGV[8], '*', unpack(fields))
-redis.call('PUBLISH', ARGV[9], ARGV[10])
-return version + 1
-"""
+_MOST_ANNOUNCEMENTS = 1000  # taken at once before a read; the rest leads to the next one
 
 log = structlog.get_logger(__name__)
-
-
-class ThresholdStore:
-    """Reads and writes of the thresholds in Redis; used by the commands and, for reading, by the cache."""
-
-    def __init__(self, settings: RedisSettings) -> None:
-        password = read_secret(settings.password_file).get_secret_value() if settings.password_file else None
-        self.url = settings.url
-        self.client: redis.Redis = redis.Redis.from_url(
-            settings.url,
-            password=password,
-            decode_responses=True,
-            socket_timeout=_TIMEOUT_S,
-            socket_connect_timeout=_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 1),
-            client_name="logicrd",
-        )
-
-    def get(self, product: str) -> dict[str, str]:
-        """Give a product's hash as it stands; empty when there is none. Raises DependencyError."""
-        with self._reachable():
-            return cast("dict[str, str]", self.client.hgetall(KEY + product))
-
-    def history(self, product: str, count: int) -> list[dict[str, str]]:
-        """Give the last changes of a product, newest first. Raises DependencyError."""
-        with self._reachable():
-            entries = cast(
-                "list[tuple[str, dict[str, str]]]", self.client.xrevrange(f"{KEY}{product}:history", count=count)
-            )
-        return [fields for _, fields in entries]
-
-    def set(
-        self,
-        manifest: Manifest,
-        *,
-        ng: float,
-        review: float,
-        author: str,
-        reason: str,
-        expected_version: int | None = None,
-    ) -> int:
-        """Set a product's limits; gives the new version.
-
-        Raises ConfigError for limits that make no sense, CheckError when somebody changed them meanwhile,
-        DependencyError when Redis cannot be reached.
-        """
-        check_limits(ng, review)
-        arguments = [
-            "" if expected_version is None else expected_version,
-            repr(ng),
-            repr(review),
-            manifest.model_sha256,
-            datetime.now(UTC).isoformat(timespec="milliseconds"),
-            author,
-            reason,
-            HISTORY_LENGTH,
-            CHANNEL,
-            manifest.product,
-        ]
-        with self._reachable():
-            version = int(cast("Any", self.client.eval(_SET, 1, KEY + manifest.product, *arguments)))
-        if version < 0:
-            raise CheckError(
-                f"threshold of {manifest.product!r} is at version {-version - 1}, not {expected_version}",
-                hint="look at `logicrd thresholds history`, then set it again",
-            )
-        return version
-
-    @contextlib.contextmanager
-    def _reachable(self) -> Any:  # noqa: ANN401 (a generator, as the decorator wants it)
-        try:
-            yield
-        except redis.RedisError as error:
-            raise DependencyError(
-                f"Redis at {self.url}: {error}", hint="start it, or correct redis.url in the line file"
-            ) from None
 
 
 class ThresholdCache:
@@ -145,6 +51,8 @@ class ThresholdCache:
         self._metrics = metrics
         self._health = health
         self._current: dict[str, Threshold] = {}
+        self._known: dict[str, Threshold] = {}
+        self._faults: dict[str, str] = {}
         self._read_s = 0.0
         self._fresh = True
         self._stop = threading.Event()
@@ -159,13 +67,16 @@ class ThresholdCache:
 
         Raises DependencyError when Redis is down and no last known good copy lies on disk.
         """
+        stored = _load(self._settings.snapshot, self._manifests)
+        self._known = {product: threshold for product, threshold in stored.items() if threshold.version > 0}
         try:
             self._read()
         except DependencyError as error:
-            if not self._load_snapshot():
+            if stored.keys() != self._manifests.keys():
                 raise
-            self._fresh = False
-            log.warning("Redis is down: last known good thresholds from disk", error=str(error))
+            self._current, self._fresh = stored, False
+            self._health.ready("thresholds", state=True)
+            log.warning("Redis is down: last known good thresholds from disk", error=str(error), hint=error.hint)
         self._thread.start()
 
     def close(self) -> None:
@@ -190,14 +101,20 @@ class ThresholdCache:
         self._health.retire(_STAGE)
 
     def _follow(self) -> None:
-        """Subscribe, then read: a change between the two is announced and not missed."""
-        with self._store.client.pubsub(ignore_subscribe_messages=True) as changes:  # type: ignore[no-untyped-call]
+        """Subscribe, then read: a change between the two is announced and not missed.
+
+        The client subscribes anew by itself when its connection breaks; what was announced meanwhile is lost, so that a
+        subscription counts as an announcement too.
+        """
+        with self._store.client.pubsub() as changes:  # type: ignore[no-untyped-call]
             changes.subscribe(CHANNEL)
             self._read()
             while not self._stop.is_set():
                 self._beat()
-                message = changes.get_message(timeout=0.25)
-                if message is not None or time.monotonic() - self._read_s >= self._settings.refresh_s:
+                announced = 0
+                while announced < _MOST_ANNOUNCEMENTS and changes.get_message(timeout=0.0 if announced else 0.25):
+                    announced += 1
+                if announced or time.monotonic() - self._read_s >= self._settings.refresh_s:
                     self._read()
 
     def _beat(self) -> None:
@@ -205,7 +122,7 @@ class ThresholdCache:
         self._metrics.threshold_age.set(time.monotonic() - self._read_s)
 
     def _read(self) -> None:
-        current = {product: self._judge(product, self._store.get(product)) for product in self._manifests}
+        current = {product: self._judge(product, self._look(product)) for product in self._manifests}
         self._read_s = time.monotonic()
         if not self._fresh:
             self._fresh = True
@@ -218,24 +135,53 @@ class ThresholdCache:
             self._current = current
             self._save_snapshot()
 
-    def _judge(self, product: str, fields: Mapping[str, str]) -> Threshold:
-        """Turn what Redis holds into limits; what cannot be used gives way to the last good ones of this model."""
-        manifest = self._manifests[product]
-        if not fields:
-            return manifest.suggestion
+    def _look(self, product: str) -> Reading:
         try:
-            threshold = parse(fields)
+            return read(self._store.get(product, LINE_FIELDS), self._manifests[product])
         except ConfigError as error:
-            log.error("threshold in Redis refused", product=product, error=str(error), hint=error.hint)
-            return self._current.get(product, manifest.suggestion)
-        if threshold.model_sha256 != manifest.model_sha256:
-            log.warning(
-                "threshold in Redis is for another model: the manifest's suggestion holds",
-                product=product,
-                version=threshold.version,
-            )
-            return manifest.suggestion
-        return threshold
+            return Reading(None, "invalid", str(error))
+
+    def _judge(self, product: str, reading: Reading) -> Threshold:
+        """Turn what Redis holds into the limits in force.
+
+        What cannot be used, or is older than what was in force, gives way to the last good limits of this model.
+        """
+        known, found = self._known.get(product), reading.threshold
+        fault: str = reading.fault
+        why = reading.why
+        if found is not None and known is not None and is_older(found, known):
+            fault, why = "older_version", f"Redis has version {found.version} again, set before the one in force"
+        elif found is not None:
+            self._known[product] = found
+        elif fault == "absent" and known is not None:
+            fault, why = "older_version", "Redis has lost it"
+        self._tell(product, "" if fault == "absent" else fault, why)
+        if found is not None and not fault:
+            return found
+        if known is None or fault == "other_model":
+            return self._manifests[product].suggestion
+        return known if known.source is ThresholdSource.FILE else replace(known, source=ThresholdSource.CACHE)
+
+    def _tell(self, product: str, fault: str, why: str) -> None:
+        """Make it seen that a record of Redis is not used: once in the log, as long as it lasts in the metrics."""
+        if fault == self._faults.get(product, ""):
+            return
+        self._metrics.threshold_unused(product, before=self._faults.get(product, ""), now=fault)
+        self._faults[product] = fault
+        if not fault:
+            log.info("threshold in Redis is used again", product=product)
+            return
+        known = self._known.get(product)
+        log.error(
+            "threshold in Redis is not used",
+            product=product,
+            reason=fault,
+            why=why,
+            in_force="the model's suggestion"
+            if known is None or fault == "other_model"
+            else f"version {known.version}",
+            hint="`logicrd thresholds set` or `import` puts a new version in force",
+        )
 
     def _lose(self, error: str) -> None:
         if self._fresh:
@@ -247,22 +193,6 @@ class ThresholdCache:
                 for product, threshold in self._current.items()
             }
             log.warning("Redis is lost: last known good thresholds hold", error=error)
-
-    def _load_snapshot(self) -> bool:
-        path = self._settings.snapshot
-        if path is None or not path.is_file():
-            return False
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            for product, manifest in self._manifests.items():
-                threshold = replace(parse(stored[product]), source=ThresholdSource.FILE)
-                same = threshold.model_sha256 == manifest.model_sha256
-                self._current[product] = threshold if same and threshold.version > 0 else manifest.suggestion
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
-            log.error("threshold snapshot refused", path=str(path), error=str(error))
-            return False
-        self._health.ready("thresholds", state=True)
-        return True
 
     def _save_snapshot(self) -> None:
         path = self._settings.snapshot
@@ -278,24 +208,21 @@ class ThresholdCache:
             log.error("threshold snapshot not written", path=str(path), error=str(error))
 
 
-def check_limits(ng: float, review: float) -> None:
-    """Refuse limits that would let everything or nothing through. Raises ConfigError."""
-    if not (math.isfinite(ng) and math.isfinite(review)):
-        raise ConfigError(f"limits must be finite numbers, not ng={ng} review={review}")
-    if review > ng:
-        raise ConfigError(f"review={review} lies above ng={ng}", hint="review marks doubt below NG: lower it")
-
-
-def parse(fields: Mapping[str, str]) -> Threshold:
-    """Read a threshold hash. Raises ConfigError for anything that is not one; nothing in it is trusted."""
+def _load(path: Path | None, manifests: Mapping[str, Manifest]) -> dict[str, Threshold]:
+    """Read the last known good limits, by product; empty when the file is damaged or is not there."""
+    if path is None or not path.is_file():
+        return {}
+    loaded: dict[str, Threshold] = {}
     try:
-        ng, review, version = float(fields["ng"]), float(fields["review"]), int(fields["version"])
-    except (KeyError, ValueError, TypeError) as error:
-        raise ConfigError(f"not a threshold: {error}", hint="set it with `logicrd thresholds set`") from None
-    check_limits(ng, review)
-    if version < 0:
-        raise ConfigError(f"version {version} is negative", hint="set it with `logicrd thresholds set`")
-    return Threshold(ng, review, version, ThresholdSource.REDIS, str(fields.get("model_sha256", "")))
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        for product in manifests.keys() & stored.keys():
+            threshold, manifest = replace(parse(stored[product]), source=ThresholdSource.FILE), manifests[product]
+            same = threshold.model_sha256 == manifest.model_sha256
+            loaded[product] = threshold if same and threshold.version > 0 else manifest.suggestion
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, ConfigError) as error:
+        log.error("threshold snapshot refused", path=str(path), error=str(error))
+        return {}
+    return loaded
 
 
 def _stored(threshold: Threshold) -> dict[str, str]:
@@ -304,6 +231,7 @@ def _stored(threshold: Threshold) -> dict[str, str]:
         "review": repr(threshold.review),
         "version": str(threshold.version),
         "model_sha256": threshold.model_sha256,
+        "updated_at": "" if threshold.set_at is None else threshold.set_at.isoformat(),
     }
 
 

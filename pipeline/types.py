@@ -232,13 +232,17 @@ class ThresholdSource(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """Limits on the fused score: `score >= ng` is NG, `review <= score < ng` is REVIEW. `review <= ng`, both finite."""
+    """Limits on the fused score: `score >= ng` is NG, `review <= score < ng` is REVIEW. `review <= ng`, both finite.
+
+    `set_at` is when somebody set them; None where that is not known.
+    """
 
     ng: float
     review: float
     version: int
     source: ThresholdSource
     model_sha256: str = ""
+    set_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

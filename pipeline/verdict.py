@@ -34,11 +34,17 @@ def decide(inference: Inference, threshold: Threshold | None, calibration: Calib
         cause = Cause.SCORE_NOT_FINITE
     if cause is not None or scores is None or threshold is None:
         return Verdict(Judgement.UNINSPECTED, ((cause or Cause.SCORE_NOT_FINITE).value,), threshold)
-    if scores.fused >= threshold.ng:
-        return Verdict(Judgement.NG, ("score_above_ng", _branch(scores, calibration)), threshold)
-    if scores.fused >= threshold.review:
-        return Verdict(Judgement.REVIEW, ("score_above_review", _branch(scores, calibration)), threshold)
-    return Verdict(Judgement.OK, (), threshold)
+    judgement = judge(scores.fused, threshold.ng, threshold.review)
+    if judgement is Judgement.OK:
+        return Verdict(judgement, (), threshold)
+    return Verdict(judgement, (f"score_above_{judgement.value.lower()}", _branch(scores, calibration)), threshold)
+
+
+def judge(score: float, ng: float, review: float) -> Judgement:
+    """Compare a fused score, which must be finite, with limits."""
+    if score >= ng:
+        return Judgement.NG
+    return Judgement.REVIEW if score >= review else Judgement.OK
 
 
 def regions(anomaly_map: AnomalyMap, limit: float, view: View | None = None) -> tuple[Region, ...]:

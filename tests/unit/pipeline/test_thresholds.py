@@ -11,7 +11,9 @@ from pipeline.errors import ConfigError, DependencyError
 from pipeline.health import Health
 from pipeline.metrics import Metrics
 from pipeline.servers import Redis as RedisSettings
-from pipeline.thresholds import ThresholdCache, ThresholdStore, check_limits, parse
+from pipeline.limits import Change, check_limits, parse
+from pipeline.threshold_store import ThresholdStore
+from pipeline.thresholds import ThresholdCache
 from pipeline.types import ThresholdSource
 
 REFUSING = "redis://127.0.0.1:9/0"
@@ -23,7 +25,7 @@ def fields_of(ng="3.5", review="2.5", version="7", sha="ab" * 32):
 
 
 @pytest.mark.parametrize(("ng", "review"), [("nan", "1"), ("1", "nan"), ("inf", "1"), ("1", "-inf"), ("1", "1.1")])
-def test_limits_that_make_no_sense_are_refused(ng, review, make_manifest):
+def test_limits_that_make_no_sense_are_refused(ng, review):
     """Limits that are not finite, or out of order, are refused when set and when read, before Redis is asked."""
     with pytest.raises(ConfigError):
         check_limits(float(ng), float(review))
@@ -31,7 +33,7 @@ def test_limits_that_make_no_sense_are_refused(ng, review, make_manifest):
         parse(fields_of(ng, review))
     store = ThresholdStore(RedisSettings(url=REFUSING))
     with closing(store.client), pytest.raises(ConfigError):
-        store.set(make_manifest(), ng=float(ng), review=float(review), author="eve", reason="")
+        store.write([Change("tray", float(ng), float(review), "ab" * 32)], author="eve")
 
 
 def test_zero_and_equal_limits_are_limits():
@@ -76,8 +78,8 @@ class StoreThatHolds(ThresholdStore):
         super().__init__(RedisSettings(url=REFUSING))
         self._fields = fields
 
-    def get(self, product):
-        del product
+    def get(self, product, fields=()):
+        del product, fields
         return self._fields
 
 

@@ -1,0 +1,301 @@
+"""The commands `logicrd thresholds`: limits per product in Redis, who changed them and by which rule. No logic."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+import yaml
+
+from pipeline import config as configuration
+from pipeline import limits
+from pipeline.app import read_manifests
+from pipeline.cli_tuning import Last, own_limits, preview, thresholds_suggest
+from pipeline.config import LineConfig
+from pipeline.errors import ConfigError
+from pipeline.limits import Change
+from pipeline.manifest import Manifest, read_manifest
+from pipeline.terminal import CONFIG_FILE, Config, Json, answer, table_of
+from pipeline.threshold_store import Policy, ThresholdStore, Written
+from pipeline.tuning import Limits
+
+Author = Annotated[str, typer.Option(help="Who; default: this machine's name of the user. Nobody checks it.")]
+Reason = Annotated[str, typer.Option(help="Why; kept in the history.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")]
+
+thresholds_app = typer.Typer(help="Limits per product, kept in Redis.", no_args_is_help=True)
+thresholds_app.command("suggest")(thresholds_suggest)
+
+
+@thresholds_app.command("list")
+def thresholds_list(config: Config = CONFIG_FILE, as_json: Json = False) -> None:
+    """Show the limits of every product of the line, and where they come from."""
+    settings = configuration.load(config)
+    store = ThresholdStore(settings.redis)
+    rows = [_row(store, manifest) for manifest in read_manifests(settings).values()]
+    answer(rows, as_json, table_of(rows, ["product", "ng", "review", "version", "source", "updated_by", "reason"]))
+
+
+@thresholds_app.command("get")
+def thresholds_get(product: str, config: Config = CONFIG_FILE, as_json: Json = False) -> None:
+    """Show the limits of one product."""
+    _, manifest, store = _opened(config, product)
+    row = _row(store, manifest)
+    answer(row, as_json, _lines(row))
+
+
+@thresholds_app.command("set", context_settings={"ignore_unknown_options": True})
+def thresholds_set(
+    product: str,
+    ng: Annotated[float, typer.Option(help="At this score and above: NG.")],
+    review: Annotated[
+        float | None, typer.Option(help="At this score and above: REVIEW. Default: the same as --ng.")
+    ] = None,
+    reason: Reason = "",
+    author: Author = "",
+    version: Annotated[int | None, typer.Option(help="Refuse unless this version is in force.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show which of the last parts would flip, and change nothing.")
+    ] = False,
+    last: Last = 1000,
+    config: Config = CONFIG_FILE,
+    as_json: Json = False,
+) -> None:
+    """Set the limits of one product; a running line takes them with the next part."""
+    settings, manifest, store = _opened(config, product)
+    expected = None if version is None else str(version)
+    review = ng if review is None else review
+    if dry_run:
+        limits.check_limits(ng, review)
+        preview(settings, manifest, _row(store, manifest), Limits(ng, review), last, as_json)
+        return
+    change = Change(product, ng, review, manifest.model_sha256, reason, expected)
+    _write(store, manifest, change, author=author, action="set", as_json=as_json)
+
+
+@thresholds_app.command("rollback")
+def thresholds_rollback(
+    product: str,
+    to: Annotated[int | None, typer.Option(min=1, help="This version. Default: the one before.")] = None,
+    reason: Reason = "",
+    author: Author = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show which of the last parts would flip, and change nothing.")
+    ] = False,
+    last: Last = 1000,
+    config: Config = CONFIG_FILE,
+    as_json: Json = False,
+) -> None:
+    """Put limits of the past in force again, as a new version."""
+    settings, manifest, store = _opened(config, product)
+    current = store.get(product).get("version", "0")
+    past = limits.to_roll_back_to(store.history(product, 1000), current, to, manifest)
+    if dry_run:
+        preview(settings, manifest, _row(store, manifest), Limits(past.ng, past.review), last, as_json)
+        return
+    why = f"rollback to version {past.version}" + (f": {reason}" if reason else "")
+    change = Change(product, past.ng, past.review, manifest.model_sha256, why, expected=current)
+    _write(store, manifest, change, author=author, action="rollback", as_json=as_json)
+
+
+@thresholds_app.command("history")
+def thresholds_history(
+    product: str,
+    count: Annotated[int, typer.Option(min=1, max=1000)] = 20,
+    config: Config = CONFIG_FILE,
+    as_json: Json = False,
+) -> None:
+    """Show who changed the limits of a product, when and why; newest first."""
+    rows = ThresholdStore(configuration.load(config).redis).history(product, count)
+    columns = ["version", "action", "ng", "review", "updated_at", "updated_by", "updated_as", "approved_by", "reason"]
+    answer(rows, as_json, table_of(rows, columns))
+
+
+@thresholds_app.command("export")
+def thresholds_export(
+    out: Annotated[Path | None, typer.Option(help="File to write. Default: stdout.")] = None,
+    config: Config = CONFIG_FILE,
+    as_json: Json = False,
+) -> None:
+    """Write the limits of the line's products to a file, as YAML or with --json; products without any are left out."""
+    settings = configuration.load(config)
+    store = ThresholdStore(settings.redis)
+    records = {product: fields for product in read_manifests(settings) if (fields := store.get(product))}
+    document = limits.to_document(records)
+    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True) if not as_json else json.dumps(document) + "\n"
+    if out is None:
+        sys.stdout.write(text)
+        return
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{out}: {error.strerror}") from None
+
+
+@thresholds_app.command("import")
+def thresholds_import(
+    file: Annotated[Path, typer.Argument(help="What `export` wrote.")],
+    reason: Reason = "",
+    author: Author = "",
+    dry_run: DryRun = False,
+    config: Config = CONFIG_FILE,
+    as_json: Json = False,
+) -> None:
+    """Make the limits in Redis those of a file: all that differ at once, or, when one cannot be, none."""
+    settings = configuration.load(config)
+    document = configuration.read_yaml(file)
+    store = ThresholdStore(settings.redis)
+    products = limits.products_of(document)
+    manifests = {product: read_manifest(settings.triton.models_repo, product) for product in products}
+    current = {product: _or_none(store, product) for product in products}
+    changes = limits.plan(document, str(file), current, manifests)
+    why = reason or f"import of {file.name}"
+    changes = [Change(**{**asdict(change), "reason": why}) for change in changes]
+    written = [] if dry_run or not changes else store.write(changes, author=_author(author), action="import")
+    rows = [
+        {
+            "product": change.product,
+            "ng": f"{current[change.product].get('ng', 'none')} -> {change.ng}",
+            "review": f"{current[change.product].get('review', 'none')} -> {change.review}",
+            "version": _fate(done),
+        }
+        for change, done in zip(changes, written or [Written(change.product) for change in changes], strict=True)
+    ]
+    text = table_of(rows, ["product", "ng", "review", "version"]) if rows else "nothing differs"
+    answer({"dry_run": dry_run, "changes": rows}, as_json, text)
+
+
+@thresholds_app.command("policy")
+def thresholds_policy(
+    two_person: Annotated[
+        bool | None, typer.Option("--two-person/--one-person", help="Whether a second person has to approve.")
+    ] = None,
+    people: Annotated[
+        Literal["authors", "users"], typer.Option(help="Two names are two people, or only two users of Redis are.")
+    ] = "authors",
+    expiry_h: Annotated[float, typer.Option(min=1 / 60, max=720, help="A proposal is void after this.")] = 8.0,
+    reason: Reason = "",
+    author: Author = "",
+    config: Config = CONFIG_FILE,
+    as_json: Json = False,
+) -> None:
+    """Show, or set, the rule by which limits come into force."""
+    store = ThresholdStore(configuration.load(config).redis)
+    if two_person is not None:
+        rule = Policy(approvals=2 if two_person else 1, expiry_s=round(expiry_h * 3600), people=people)
+        store.set_policy(rule, author=_author(author), reason=reason)
+    rule = store.policy()
+    answer(asdict(rule), as_json, _lines(asdict(rule)))
+
+
+@thresholds_app.command("proposals")
+def thresholds_proposals(config: Config = CONFIG_FILE, as_json: Json = False) -> None:
+    """Show what waits for a second person."""
+    settings = configuration.load(config)
+    store = ThresholdStore(settings.redis)
+    found = ((product, store.proposal(product)) for product in read_manifests(settings))
+    rows = [{"product": product, **fields} for product, fields in found if fields]
+    columns = ["product", "id", "ng", "review", "base", "updated_by", "expires_at", "reason"]
+    answer(rows, as_json, table_of(rows, columns) if rows else "nothing waits")
+
+
+@thresholds_app.command("approve")
+def thresholds_approve(
+    product: str,
+    proposal: Annotated[str, typer.Argument(help="Its id, as `proposals` shows it.")],
+    author: Author = "",
+    config: Config = CONFIG_FILE,
+    as_json: Json = False,
+) -> None:
+    """Put somebody else's proposal in force."""
+    _, manifest, store = _opened(config, product)
+    store.approve(product, proposal, author=_author(author), model_sha256=manifest.model_sha256)
+    row = _row(store, manifest)
+    answer(row, as_json, _lines(row))
+
+
+@thresholds_app.command("withdraw")
+def thresholds_withdraw(
+    product: str,
+    proposal: Annotated[str, typer.Argument(help="Its id, as `proposals` shows it.")],
+    reason: Reason = "",
+    author: Author = "",
+    config: Config = CONFIG_FILE,
+    as_json: Json = False,
+) -> None:
+    """Take a proposal back, or refuse another's."""
+    _, _, store = _opened(config, product)
+    store.withdraw(product, proposal, author=_author(author), reason=reason)
+    answer({"withdrawn": proposal}, as_json, f"{product}: proposal {proposal} is withdrawn")
+
+
+def threshold_doubts(store: ThresholdStore, manifests: Iterable[Manifest]) -> list[str]:
+    """Name the products whose record in Redis a line would not use, for `logicrd check`. Raises DependencyError."""
+    rows = [_row(store, manifest) for manifest in manifests]
+    return [f"threshold of {row['product']}: {row['reason']}" for row in rows if row["version"] == 0 and row["reason"]]
+
+
+def _opened(config: Path, product: str) -> tuple[LineConfig, Manifest, ThresholdStore]:
+    settings = configuration.load(config)
+    return settings, read_manifest(settings.triton.models_repo, product), ThresholdStore(settings.redis)
+
+
+def _author(given: str) -> str:
+    try:
+        return given or getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        raise ConfigError("this user has no name here", hint="give it with --author") from None
+
+
+def _or_none(store: ThresholdStore, product: str) -> dict[str, str]:
+    try:
+        return store.get(product)
+    except ConfigError:
+        return {}
+
+
+def _row(store: ThresholdStore, manifest: Manifest) -> dict[str, Any]:
+    """Show a product's limits as a line that has just been started would take them."""
+    try:
+        fields = store.get(manifest.product)
+        reading = limits.read(fields, manifest)
+        why = "" if reading.fault == "absent" else reading.why
+    except ConfigError as error:
+        fields, reading, why = {}, limits.Reading(None, "invalid"), str(error)
+    if reading.threshold is None:
+        told = {name: round(value, 4) for name, value in asdict(own_limits(manifest)).items()}
+        blank = dict.fromkeys(("updated_by", "updated_at"), "")
+        return {"product": manifest.product, **told, "version": 0, "source": "manifest", **blank, "reason": why}
+    shown = {key: fields.get(key, "") for key in ("ng", "review", "version")}
+    rest = {key: fields.get(key, "") for key in ("updated_by", "updated_at", "updated_as", "approved_by", "reason")}
+    return {"product": manifest.product, **shown, "source": "redis", **rest}
+
+
+def _write(
+    store: ThresholdStore, manifest: Manifest, change: Change, *, author: str, action: str, as_json: bool
+) -> None:
+    before = _row(store, manifest)
+    (done,) = store.write([change], author=_author(author), action=action)
+    if done.proposal is not None:
+        text = f"{change.product}: proposed as {done.proposal}; in force once a second person approves:\n"
+        text += f"  logicrd thresholds approve {change.product} {done.proposal}"
+        answer({"before": before, "proposal": store.proposal(change.product)}, as_json, text)
+        return
+    after = _row(store, manifest)
+    moved = ", ".join(f"{name} {before[name]} -> {after[name]}" for name in ("ng", "review"))
+    text = f"{change.product}: {moved}, version {done.version}"
+    answer({"before": before, "after": after}, as_json, text)
+
+
+def _fate(done: Written) -> str:
+    return f"proposal {done.proposal}" if done.proposal else str(done.version or "")
+
+
+def _lines(row: dict[str, Any]) -> str:
+    return "\n".join(f"{key:14} {value}" for key, value in row.items())
