@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -280,7 +281,7 @@ def read_text(path: Path, *, hint: str = "") -> str:
 
 def _rooted(config: LineConfig, root: Path) -> LineConfig:
     """Resolve the file's relative paths against the folder it lies in."""
-    blocks = {name: rooted(getattr(config, name), root) for name in ("triton", "redis", "evidence", "outbox")}
+    blocks = {name: rooted(getattr(config, name), root) for name in ("triton", "kafka", "redis", "evidence", "outbox")}
     pool = None if config.pool is None else rooted(config.pool, root)
     return config.model_copy(
         update={**blocks, "cameras": [rooted(camera, root) for camera in config.cameras], "pool": pool}
@@ -288,9 +289,11 @@ def _rooted(config: LineConfig, root: Path) -> LineConfig:
 
 
 def rooted(block: _B, root: Path) -> _B:
-    """Resolve a block's relative paths against a folder."""
-    values = ((name, getattr(block, name)) for name in type(block).model_fields)
-    return block.model_copy(update={name: root / value for name, value in values if isinstance(value, Path)})
+    """Resolve a block's relative paths, and those of the blocks in it, against a folder."""
+    values = {name: getattr(block, name) for name in type(block).model_fields}
+    paths = {name: root / value for name, value in values.items() if isinstance(value, Path)}
+    blocks = {name: rooted(value, root) for name, value in values.items() if isinstance(value, Block)}
+    return block.model_copy(update={**paths, **blocks})
 
 
 def _with_masks_read(config: LineConfig, path: Path) -> LineConfig:
@@ -311,7 +314,8 @@ def with_mask(camera: Camera, path: Path) -> Camera:
 
 def _secrets(config: LineConfig) -> Iterator[Path]:
     cameras = (getattr(camera, "password_file", None) for camera in config.cameras)
-    servers = (config.redis.password_file, config.redis.key_file)
+    kafka = None if config.kafka.sasl is None else config.kafka.sasl.password_file
+    servers = (kafka, config.redis.password_file, config.redis.key_file)
     yield from (path for path in (*cameras, *servers) if path is not None)
 
 
@@ -342,9 +346,16 @@ def _known_keys(place: list[int | str]) -> list[str]:
         return sorted({key for kind in get_args(AnyCamera) for key in kind.model_fields})
     if place[0] == "stations":
         return list((StationView if "views" in place else Station).model_fields)
-    block = LineConfig.model_fields.get(str(place[0]))
-    annotation = block.annotation if block is not None else None
-    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+    block: type[BaseModel] | None = LineConfig
+    for step in place:
+        block = _block(block.model_fields.get(str(step))) if block is not None else None
+    return [] if block is None else list(block.model_fields)
+
+
+def _block(entry: FieldInfo | None) -> type[BaseModel] | None:
+    """Find the kind of block that a key holds, if it holds one."""
+    kinds = () if entry is None else get_args(entry.annotation) or (entry.annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _rename_definitions(node: object) -> object:

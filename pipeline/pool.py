@@ -26,10 +26,11 @@ from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssi
 from kafka.errors import KafkaError
 from kafka.structs import TopicPartition
 
+from pipeline.brokers import client_options, no_topic, unreachable
 from pipeline.cameras import Camera, read_secret
 from pipeline.config import Pool as PoolSettings
 from pipeline.config import rooted
-from pipeline.errors import ConfigError, DependencyError
+from pipeline.errors import ConfigError
 from pipeline.health import Health
 from pipeline.metrics import Metrics
 from pipeline.roster import Change, Place, Refusal, merged, plan, read_record
@@ -49,8 +50,6 @@ _TIMEOUT_S = 3.0
 _LET_GO_S = 3.0
 _ACKNOWLEDGED_S = 20.0
 _STAGE = "camera pool"
-_STACK_HINT = "start it (`logicrd stack up` makes the topics too), or correct kafka.bootstrap in the line file"
-
 _APPLY = "apply the camera again with `logicrd cameras apply`"
 
 log = structlog.get_logger(__name__)
@@ -309,7 +308,7 @@ class PoolTopic:
                     for record in records:
                         _keep(table, record)
         except KafkaError as error:
-            raise _unreachable(self._settings, error) from None
+            raise unreachable(self._settings, error) from None
         finally:
             consumer.close()
         return table, len(partitions)
@@ -323,12 +322,10 @@ class PoolTopic:
         writes = [write for change in changes for write in change.writes]
         try:
             producer = KafkaProducer(
-                bootstrap_servers=self._settings.bootstrap,
+                **client_options(self._settings),
                 client_id="logicrd-cameras",
                 acks="all",
                 max_block_ms=int(self._settings.startup_timeout_s * 1e3),
-                bootstrap_timeout_ms=int(self._settings.startup_timeout_s * 1e3),
-                allow_auto_create_topics=False,
             )
             try:
                 for removing in (True, False):
@@ -344,7 +341,7 @@ class PoolTopic:
             finally:
                 producer.close(timeout=5)
         except KafkaError as error:
-            raise _unreachable(self._settings, error) from None
+            raise unreachable(self._settings, error) from None
 
 
 def cameras_topic(settings: KafkaSettings) -> str:
@@ -363,26 +360,14 @@ def _keep(table: dict[Place, bytes], record: Any) -> None:  # noqa: ANN401 (the 
 def _connected(settings: KafkaSettings, topic: str, **options: Any) -> KafkaConsumer:  # noqa: ANN401
     """Make a consumer and see that the topic is there. Raises DependencyError."""
     try:
-        consumer = KafkaConsumer(
-            bootstrap_servers=settings.bootstrap,
-            enable_auto_commit=False,
-            bootstrap_timeout_ms=int(settings.startup_timeout_s * 1e3),
-            allow_auto_create_topics=False,
-            **options,
-        )
+        consumer = KafkaConsumer(**client_options(settings), enable_auto_commit=False, **options)
     except KafkaError as error:
-        raise _unreachable(settings, error) from None
+        raise unreachable(settings, error) from None
     if not consumer.partitions_for_topic(topic):
         consumer.close()
-        raise DependencyError(
-            f"Kafka has no topic {topic}",
-            hint="make it with `cleanup.policy=compact` and as many partitions as stations, or `logicrd stack up`",
-        )
+        hint = "make it with `cleanup.policy=compact` and as many partitions as stations, or `logicrd stack up`"
+        raise no_topic(settings, topic, hint=hint)
     return consumer
-
-
-def _unreachable(settings: KafkaSettings, error: KafkaError) -> DependencyError:
-    return DependencyError(f"Kafka at {', '.join(settings.bootstrap)}: {error}", hint=_STACK_HINT)
 
 
 def _why(stopped: Iterable[str], wanted: Mapping[str, Camera]) -> dict[str, list[str]]:

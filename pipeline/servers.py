@@ -48,11 +48,43 @@ class Triton(Block):
         return list(dict.fromkeys([self.address] if isinstance(self.address, str) else self.address))
 
 
+class Tls(Block):
+    """How a server is known, and how it knows the line. Every certificate and its name are checked, always."""
+
+    ca_file: Path | None = None
+    """Authorities that vouch for the server, in PEM. Unset: those of this machine."""
+    certificate_file: Path | None = None
+    """Certificate of this line, in PEM, where the server asks for one."""
+    key_file: Path | None = None
+    """Its key, in PEM, without a password."""
+
+    @model_validator(mode="after")
+    def _are_a_pair(self) -> Tls:
+        if (self.certificate_file is None) is not (self.key_file is None):
+            raise ValueError("`certificate_file` and `key_file` go together")
+        return self
+
+
+class Sasl(Block):
+    """How the line logs in to Kafka."""
+
+    mechanism: Literal["SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN"] = "SCRAM-SHA-512"
+    """How the password is proved. `PLAIN` sends it as it is, and is refused without `tls`."""
+    username: Annotated[str, Field(min_length=1)]
+    """User of Kafka."""
+    password_file: Path
+    """File that holds the password, and nothing else."""
+
+
 class Kafka(Block):
     """Where verdicts go."""
 
     bootstrap: Annotated[list[str], Field(min_length=1)] = Field(default=["127.0.0.1:19092"])
     """Brokers, `host:port` each."""
+    tls: Tls | None = None
+    """Speak TLS; `{}` trusts the authorities of this machine. Unset: plain text."""
+    sasl: Sasl | None = None
+    """Log in with user and password. Unset: no login, or that of the certificate in `tls`."""
     topic_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")] = "inspection"
     """Topics are `<prefix>.verdict.v1`, `.view.v1`, `.status.v1`, `.audit.v1`, `.dlq.v1`; in: `<prefix>.trigger.v1`."""
     content_mode: Literal["binary", "structured"] = "binary"
@@ -62,6 +94,12 @@ class Kafka(Block):
     take them. One more is refused and counted as lost."""
     startup_timeout_s: Positive = 10.0
     """How long the start waits for the brokers."""
+
+    @model_validator(mode="after")
+    def _hides_the_password(self) -> Kafka:
+        if self.sasl is not None and self.sasl.mechanism == "PLAIN" and self.tls is None:
+            raise ValueError("sasl.mechanism PLAIN sends the password as it is: set `tls`, or take SCRAM-SHA-512")
+        return self
 
 
 class Redis(Block):

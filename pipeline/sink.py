@@ -22,7 +22,7 @@ from kafka import KafkaProducer
 from kafka import errors as kafka_errors
 from kafka.errors import KafkaError, KafkaTimeoutError
 
-from pipeline.errors import DependencyError
+from pipeline.brokers import client_options, unreachable
 from pipeline.events import Encoder, Event
 from pipeline.health import Health
 from pipeline.metrics import Metrics
@@ -74,17 +74,13 @@ class Sink:
 
     def start(self) -> None:
         """Connect and see that the topics are there. Raises DependencyError naming what is not."""
-        servers = ", ".join(self._settings.bootstrap)
         try:
             self._producer = self._connect(self._settings.startup_timeout_s)
             for kind in ("verdict.v1", "view.v1", "status.v1", "audit.v1", "dlq.v1"):
                 self._require(self._topic(kind))
         except KafkaError as error:
             self._abandon()
-            raise DependencyError(
-                f"Kafka at {servers}: {error}",
-                hint="start it (`logicrd stack up` makes the topics too), or correct kafka.bootstrap in the line file",
-            ) from None
+            raise unreachable(self._settings, error) from None
         self._thread.start()
 
     @property
@@ -125,8 +121,9 @@ class Sink:
         return len(self._waiting) + len(self._sent)
 
     def _connect(self, timeout_s: float) -> KafkaProducer:
+        options = client_options(self._settings) | {"bootstrap_timeout_ms": int(timeout_s * 1e3)}
         return KafkaProducer(
-            bootstrap_servers=self._settings.bootstrap,
+            **options,
             client_id="logicrd",
             acks="all",
             enable_idempotence=True,
@@ -136,8 +133,6 @@ class Sink:
             delivery_timeout_ms=_DELIVERY_TIMEOUT_MS,
             reconnect_backoff_max_ms=2_000,
             request_timeout_ms=10_000,
-            bootstrap_timeout_ms=int(timeout_s * 1e3),
-            allow_auto_create_topics=False,
         )
 
     def _require(self, topic: str) -> None:

@@ -16,7 +16,7 @@ from kafka import KafkaConsumer
 from kafka.errors import KafkaError
 from kafka.structs import TopicPartition
 
-from pipeline.errors import DependencyError
+from pipeline.brokers import client_options, no_topic, unreachable
 from pipeline.events import decode
 from pipeline.servers import Kafka as KafkaSettings
 
@@ -41,17 +41,11 @@ class VerdictReader:
     def __enter__(self) -> VerdictReader:
         """Connect, and fix where reading begins. Raises DependencyError."""
         try:
-            consumer = KafkaConsumer(
-                bootstrap_servers=self._settings.bootstrap,
-                group_id=None,
-                enable_auto_commit=False,
-                bootstrap_timeout_ms=int(self._settings.startup_timeout_s * 1e3),
-                allow_auto_create_topics=False,
-            )
+            consumer = KafkaConsumer(**client_options(self._settings), group_id=None, enable_auto_commit=False)
             partitions = consumer.partitions_for_topic(self._topic)
             if not partitions:
                 consumer.close()
-                raise DependencyError(f"Kafka has no topic {self._topic}", hint="`logicrd stack up` makes it")
+                raise no_topic(self._settings, self._topic)
             consumer.assign([TopicPartition(self._topic, partition) for partition in sorted(partitions)])
             if self._start == "first":
                 consumer.seek_to_beginning()
@@ -63,8 +57,7 @@ class VerdictReader:
                     first = consumer.beginning_offsets([partition])[partition]
                     consumer.seek(partition, max(first, end - self._start))
         except KafkaError as error:
-            servers = ", ".join(self._settings.bootstrap)
-            raise DependencyError(f"Kafka at {servers}: {error}", hint="start it: `logicrd stack up`") from None
+            raise unreachable(self._settings, error) from None
         self._consumer = consumer
         return self
 
@@ -77,7 +70,8 @@ class VerdictReader:
     def read(self, *, idle_s: float | None = None) -> Iterator[dict[str, Any]]:
         """Yield events as `{"attributes", "data", "key", "partition", "offset"}` until none came for `idle_s`.
 
-        What is no event of ours comes as `{"error": ...}`: shown, never skipped in silence.
+        What is no event of ours comes as `{"error": ...}`: shown, never skipped in silence. Raises DependencyError when
+        Kafka refuses.
         """
         last_s = time.monotonic()
         while idle_s is None or time.monotonic() - last_s < idle_s:
@@ -100,7 +94,11 @@ class VerdictReader:
 
     def _poll(self) -> Iterator[dict[str, Any]]:
         assert self._consumer is not None  # noqa: S101 (set by __enter__)
-        for records in self._consumer.poll(timeout_ms=250).values():
+        try:
+            polled = self._consumer.poll(timeout_ms=250)
+        except KafkaError as error:
+            raise unreachable(self._settings, error) from None
+        for records in polled.values():
             yield from map(_event, records)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 from kafka.errors import KafkaError
 
-from pipeline.errors import DependencyError
+from pipeline.brokers import client_options, unreachable
 from pipeline.servers import Kafka as KafkaSettings
 
 _TIMEOUT_MS = 10_000
@@ -80,11 +80,9 @@ def _differences(topic: Topic, found: Mapping[str, str]) -> str:
 def create(settings: KafkaSettings, *, partitions: int, copies: int) -> tuple[list[Wanted], dict[str, str]]:
     """Make the topics that are missing; gives them, and what is wrong with the others. Raises DependencyError."""
     try:
-        with KafkaAdminClient(
-            bootstrap_servers=settings.bootstrap,
-            bootstrap_timeout_ms=int(settings.startup_timeout_s * 1e3),
-            request_timeout_ms=_TIMEOUT_MS,
-        ) as admin:
+        options = client_options(settings)
+        del options["allow_auto_create_topics"]  # an option of readers and writers
+        with KafkaAdminClient(**options, request_timeout_ms=_TIMEOUT_MS) as admin:
             missing, faults = plan(
                 settings.topic_prefix, _present(admin, settings.topic_prefix), partitions=partitions, copies=copies
             )
@@ -98,12 +96,8 @@ def create(settings: KafkaSettings, *, partitions: int, copies: int) -> tuple[li
                     for topic in missing
                 }
                 admin.create_topics(new, timeout_ms=_TIMEOUT_MS, wait_for_metadata=True)
-    except (KafkaError, TimeoutError) as error:
-        servers = ", ".join(settings.bootstrap)
-        raise DependencyError(
-            f"Kafka at {servers}: {error or type(error).__name__}",
-            hint="correct kafka.bootstrap in the line file; more copies than brokers cannot be made",
-        ) from None
+    except KafkaError as error:
+        raise unreachable(settings, error) from None
     return missing, faults
 
 

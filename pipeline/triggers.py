@@ -21,7 +21,7 @@ from kafka import KafkaConsumer
 from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
-from pipeline.errors import DependencyError
+from pipeline.brokers import client_options, no_topic, unreachable
 from pipeline.events import Encoder, Event
 from pipeline.health import Health
 from pipeline.metrics import Metrics
@@ -107,10 +107,7 @@ class TriggerReader:
         try:
             self._find_place()
         except KafkaError as error:
-            servers = ", ".join(self._settings.bootstrap)
-            raise DependencyError(
-                f"Kafka at {servers}: {error}", hint="start it, or correct kafka.bootstrap in the line file"
-            ) from None
+            raise unreachable(self._settings, error) from None
 
     def start(self) -> None:
         """Begin to hand triggers over."""
@@ -140,19 +137,17 @@ class TriggerReader:
         # keeps the place; it holds the stations, so that workers of one line keep places of their own.
         group = f"logicrd.{self._line}.{'+'.join(sorted(self._stations))}"
         consumer = self._consumer = KafkaConsumer(
-            bootstrap_servers=self._settings.bootstrap,
+            **client_options(self._settings),
             client_id="logicrd-triggers",
             group_id=group,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
-            bootstrap_timeout_ms=int(self._settings.startup_timeout_s * 1e3),
-            allow_auto_create_topics=False,
         )
         partitions = [
             TopicPartition(self._topic, number) for number in consumer.partitions_for_topic(self._topic) or ()
         ]
         if not partitions:
-            raise DependencyError(f"Kafka has no topic {self._topic}", hint="`logicrd stack up` makes it")
+            raise no_topic(self._settings, self._topic)
         consumer.assign(partitions)
         ends = consumer.end_offsets(partitions)
         for partition in partitions:
