@@ -1,9 +1,13 @@
 {{/* The line file of a pool's workers, and the files that it names. */}}
 
-{{/* Takes (list $ pool); a pool's settings with the defaults filled in, as JSON. */}}
+{{/* A pool with the defaults filled in, as JSON. Not by `merge`, which takes a false for no answer. Takes the pool. */}}
 {{- define "logicrd.pool" -}}
+{{- $pool := deepCopy . -}}
 {{- $defaults := dict "replicas" 1 "shared" true "capacity" 16 "cameras" list "cameraSecrets" list "camerasElsewhere" false "stations" list -}}
-{{- toJson (merge (deepCopy .) $defaults) -}}
+{{- range $key, $value := $defaults -}}
+{{- if not (hasKey $pool $key) -}}{{- $_ := set $pool $key $value -}}{{- end -}}
+{{- end -}}
+{{- toJson $pool -}}
 {{- end -}}
 
 {{/* `tls` of the line file. Takes (list settings folder). */}}
@@ -37,21 +41,19 @@
 {{- $redis := .Values.redis -}}
 {{- $block := merge (dict "url" $redis.url "snapshot" "/var/lib/logicrd/thresholds.json") .Values.config.redis -}}
 {{- if $redis.tls.enabled -}}
-{{- $_ := set $block "tls" (include "logicrd.tls" (list $redis.tls "redis") | fromJson) -}}
+{{- $block = merge $block (include "logicrd.tls" (list $redis.tls "redis") | fromJson) -}}
 {{- end -}}
-{{- with $redis.auth.username -}}{{- $_ := set $block "username" . -}}{{- end -}}
+{{- with $redis.auth.username -}}{{- $_ := set $block "user" . -}}{{- end -}}
 {{- if $redis.auth.existingSecret -}}{{- $_ := set $block "password_file" "redis/auth/password" -}}{{- end -}}
 {{- toJson $block -}}
 {{- end -}}
 
 {{- define "logicrd.tritonBlock" -}}
 {{- $triton := .Values.triton -}}
-{{- $address := ternary (printf "%s:8001" (include "logicrd.tritonName" .)) $triton.externalAddresses $triton.enabled -}}
-{{- $block := merge (dict "address" $address "models_repo" "/models") .Values.config.triton -}}
+{{- $own := printf "%s:8001" (include "logicrd.tritonName" .) -}}
+{{- $block := merge (dict "address" (ternary $own $triton.externalAddresses $triton.enabled) "models_repo" "/models") .Values.config.triton -}}
 {{- if $triton.tls.enabled -}}
-{{- $name := ternary (include "logicrd.tritonName" .) $triton.tls.serverName $triton.enabled -}}
 {{- $_ := set $block "tls" (dict "ca_file" "triton/ca/ca.crt") -}}
-{{- with $name -}}{{- $_ := set $block "server_name" . -}}{{- end -}}
 {{- end -}}
 {{- toJson $block -}}
 {{- end -}}
@@ -61,7 +63,8 @@
 {{- $root := index . 0 -}}
 {{- $pool := include "logicrd.pool" (index . 1) | fromJson -}}
 {{- $config := $root.Values.config -}}
-{{- $file := dict "site" $config.site "area" $config.area "line" $config.line "budget_ms" $config.budget_ms -}}
+{{- $file := dict "site" $config.site "area" $config.area "line" $config.line "budget_ms" $config.budget_ms "drain_timeout_s" $config.drain_timeout_s -}}
+{{- $_ := set $file "outbox" (merge (dict "dir" "/var/lib/logicrd/outbox") $config.outbox) -}}
 {{- $_ := set $file "triton" (include "logicrd.tritonBlock" $root | fromJson) -}}
 {{- $_ := set $file "kafka" (include "logicrd.kafkaBlock" $root | fromJson) -}}
 {{- $_ := set $file "redis" (include "logicrd.redisBlock" $root | fromJson) -}}

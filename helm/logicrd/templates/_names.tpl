@@ -30,6 +30,14 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{- end }}
 {{- end -}}
 
+{{/* Labels of pods: nothing that changes with the chart's version, which would start every pod anew. */}}
+{{- define "logicrd.podLabels" -}}
+{{ include "logicrd.selector" . }}
+{{- with (index . 0).Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
 {{/* An image by its digest. Takes a dictionary of `repository` and `digest`. */}}
 {{- define "logicrd.image" -}}
 {{ .repository }}@{{ .digest }}
