@@ -22,16 +22,8 @@ Manifest = dict[str, Any]
 
 def helm(*arguments: str, values: str = "default-values.yaml", overrides: str = "") -> subprocess.CompletedProcess[str]:
     """Run helm on the chart with a file of `ci/` and further values, as YAML, above it."""
-    command = [
-        str(HELM),
-        *arguments,
-        "--kube-version",
-        f"{KUBERNETES[-1]}.0",
-        "-f",
-        str(CHART / "ci" / values),
-        "-f",
-        "-",
-    ]
+    version = f"{KUBERNETES[-1]}.0"
+    command = [str(HELM), *arguments, "--kube-version", version, "-f", str(CHART / "ci" / values), "-f", "-"]
     return subprocess.run(command, input=overrides or "{}", capture_output=True, text=True, timeout=120, check=False)
 
 
