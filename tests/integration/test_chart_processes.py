@@ -92,15 +92,18 @@ class Machine:
             ours = dict(os.environ)  # noqa: TID251 (what a process of ours is started with)
             path = f"{Path(sys.executable).parent}:{ours['PATH']}"
             environment = {**ours, "PATH": path, "LOGICRD_TRITON__ADDRESS": f"127.0.0.1:{self.ports['grpc']}"}
-        log = (self.folder / f"{name}.log").open("w")
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+        with (self.folder / f"{name}.log").open("w") as log, (self.folder / f"{name}.out").open("w") as out:
+            return subprocess.Popen(command, env=environment, stdout=out, stderr=log, text=True)
 
     def run(self, kind: str, name: str) -> str:
         """Run a command to its good end; gives its answer."""
         process = self.start(kind, name)
-        answer, _ = process.communicate(timeout=180)
+        try:
+            process.wait(180)
+        finally:
+            process.kill()
         assert process.returncode == 0, (self.folder / f"{name}.log").read_text()
-        return answer
+        return (self.folder / f"{name}.out").read_text()
 
     def url(self, port: str, path: str) -> str:
         return f"http://127.0.0.1:{self.ports[port]}{path}"
@@ -207,7 +210,7 @@ def test_the_first_verdict(machine, stack):
         assert status_of(machine.url("worker", "/metrics")) == 200
     finally:
         worker.send_signal(signal.SIGTERM)
-        worker.communicate(timeout=90)
+        worker.wait(90)
     assert worker.returncode == 0, (machine.folder / "worker.log").read_text()
     assert f"verdict of product '{PRODUCT}'" in machine.run("Pod", "verdict")
     trials = received(kafka, "line-1-check", at_least=1, prefix=PREFIX)
