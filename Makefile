@@ -10,7 +10,7 @@ COMPILE = $(UV) pip compile --quiet --generate-hashes --no-emit-index-url --no-h
 	--python-platform x86_64-manylinux_2_35 $(UV_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type chart bench stack-up stack-down lock clean
+.PHONY: help setup demo test lint type chart bench images sbom stack-up stack-down lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r verb what; do \
@@ -37,7 +37,7 @@ lint: ## ruff, and who may import whom
 type: ## mypy, strict
 	@$(SETUP) line training
 	.venv/bin/mypy
-	.venv/bin/mypy deploy/local tests/benchmarks
+	.venv/bin/mypy deploy/local deploy/docker tests/benchmarks
 	.venv-training/bin/mypy training
 
 chart: ## write what is generated in the chart, then lint it and test it against Kubernetes' schemas and promtool
@@ -53,6 +53,17 @@ bench: ## measure the line and the served model against the limit of this machin
 	.venv/bin/logicrd bench serving --product fastener-tray --fused .cache/fused.onnx --json
 	.venv/bin/logicrd bench line --product fastener-tray --fused .cache/fused.onnx --json
 
+images: ## run the images' steps in a clean Debian root (needs root and debootstrap), and their entry points
+	@$(SETUP) line
+	.venv/bin/python deploy/docker/rehearse.py --target worker --max-mb 400 deploy/docker/worker.Dockerfile -- --help
+	.venv/bin/python deploy/docker/rehearse.py --target training deploy/docker/training.Dockerfile -- --help
+
+sbom: ## list what the images install, as CycloneDX, from the lock files; into build/sbom
+	@$(SETUP) line
+	mkdir -p build/sbom
+	for image in pipeline training triton-image; do .venv/bin/cyclonedx-py requirements requirements/$$image.txt \
+		--output-reproducible --of JSON -o build/sbom/$$image.cdx.json || exit 1; done
+
 stack-up: ## start the embedded Triton, Kafka and Redis
 	@$(SETUP) line triton stack
 	@$(STACK) up
@@ -65,6 +76,7 @@ lock: $(UV) ## pin requirements/*.txt anew, with hashes; UV_FLAGS=--upgrade take
 	$(COMPILE) -c requirements/pipeline.txt pyproject.toml requirements/dev.in -o requirements/dev.txt
 	$(COMPILE) -c requirements/pipeline.txt --extra training pyproject.toml requirements/training.in -o requirements/training.txt
 	$(COMPILE) requirements/triton.in -o requirements/triton.txt
+	$(COMPILE) -c requirements/dev.txt requirements/build.in -o requirements/build.txt
 
 $(UV):
 	python3.11 -m venv .cache/uv

@@ -1,9 +1,9 @@
 """The composition root: builds the stages of one line, wires them with queues, starts, drains and stops them.
 
 Threads: one reader a camera -> batcher -> one dispatcher -> gRPC's own -> one judge -> one for the outbox -> one
-publisher, one for pictures, one for thresholds, one for triggers where a station asks for them, one for the pool of
-cameras. A part is opened when its frame is captured or its trigger comes, and gets exactly one verdict. Called by the
-command line and by tests.
+publisher, one for pictures, one for thresholds, one for triggers where a station asks for them, two with a pool: its
+cameras, new products. A part is opened when its frame is captured or its trigger comes, and gets exactly one verdict.
+Called by the command line and by tests.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pipeline.inference import InferenceClient
 from pipeline.judge import TICK_S, Judge
 from pipeline.manifest import Manifest, products_in, read_manifest
 from pipeline.metrics import LineSnapshot, Metrics
+from pipeline.newcomers import Newcomers
 from pipeline.outbox import Outbox
 from pipeline.parts import Parts
 from pipeline.pool import CameraPool
@@ -56,7 +57,12 @@ class Line:
         # Workers that start in the same second give different names to the parts of a camera that moves between them.
         run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
         self._place = Place(
-            config.site, config.area, config.line, worker=f"{socket.gethostname()}-{run}", budget_ms=config.budget_ms
+            config.site,
+            config.area,
+            config.line,
+            worker=f"{socket.gethostname()}-{run}",
+            budget_ms=config.budget_ms,
+            pool=None if config.pool is None else config.pool.name,
         )
         self.metrics = Metrics()
         self.health = Health()
@@ -98,7 +104,6 @@ class Line:
             health=self.health,
             settled=self._triggers.settled,
         )
-        self._slots = threading.BoundedSemaphore(config.triton.max_in_flight)
         self._stop_dispatch = threading.Event()
         self.cameras = Readers(
             self._manifests,
@@ -118,6 +123,7 @@ class Line:
         self._pool: CameraPool | None = None
         if config.pool is not None:
             self._pool = CameraPool(config.kafka, config.pool, self.cameras, metrics=self.metrics, health=self.health)
+        self._newcomers = Newcomers(config.triton.models_repo, self._manifests, self._inference, self._thresholds)
         self._dispatcher = threading.Thread(target=self._dispatch, name="dispatcher", daemon=True)
         self._page: HealthPage | None = None
 
@@ -149,6 +155,7 @@ class Line:
         self._triggers.start()
         if self._pool is not None:
             self._pool.start(list(self.cameras.names))
+            self._newcomers.start()
         gc.collect()
         gc.freeze()  # what is here now stays: the collections of the judge look at the frames' garbage only
         log.info("line started", line=self._config.line, cameras=len(self._config.cameras), products=[*self._manifests])
@@ -165,6 +172,7 @@ class Line:
     def close(self) -> LineSnapshot:
         """Stop the cameras, let every open part get its verdict, deliver what is left; gives the last figures."""
         self._triggers.stop()
+        self._newcomers.close()
         if self._pool is not None:
             self._pool.stop()
         self.cameras.stop()
@@ -236,15 +244,14 @@ class Line:
     # Dispatcher thread
 
     def _dispatch(self) -> None:
-        """Form a batch whenever the server has a slot: the busier it is, the larger they become."""
+        """Form a batch whenever a replica has room for one: the busier they are, the larger it becomes."""
         while not self._stop_dispatch.is_set():
             self.health.beat("dispatcher")
-            if not self._slots.acquire(timeout=0.5):
+            if not self._inference.wait_for_room(0.5):
                 continue
             batch = self._batcher.take(timeout_s=0.25)
             live = self._in_time(batch.frames) if batch is not None else ()
             if batch is None or not live:
-                self._slots.release()
                 continue
             try:
                 self._inference.submit(replace(batch, frames=live), self._answered)
@@ -267,7 +274,6 @@ class Line:
 
     def _answered(self, inferences: list[Inference]) -> None:
         """Take a batch's answers from gRPC's thread."""
-        self._slots.release()
         first = inferences[0]
         if first.sent_s is not None and first.received_s is not None:
             took_s = first.received_s - first.sent_s

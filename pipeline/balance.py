@@ -122,6 +122,11 @@ class Balance:
                 replica.probe_due_s = max(now_s, replica.probed_s + SUSPICION_PERIOD_S)
         return again
 
+    def suspect_all(self, now_s: float) -> None:
+        """Put every replica in use under suspicion: it stays in use until a probe says otherwise."""
+        for replica in self.up:
+            replica.probe_due_s = now_s
+
     def due(self, now_s: float) -> list[Replica]:
         """List the replicas to probe now."""
         return [replica for replica in self._replicas.values() if replica.probe_due_s <= now_s]

@@ -1,7 +1,8 @@
 """How the line reaches Kafka: what every client is told of the brokers, and what it means when they refuse.
 
 A client of the library retries whatever happens and says in the end that time is up. `unreachable` asks once more, on a
-connection of its own, and names the cause. Keeps no connection. Called by every module that has a client.
+connection of its own, and names the cause. `poll` reads on past records that the library cannot read. Keeps no
+connection. Called by every module that has a client.
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ import ssl
 from dataclasses import dataclass
 from typing import Any
 
+from kafka import KafkaConsumer
 from kafka.errors import (
     AuthorizationError,
+    CorruptRecordError,
     IllegalSaslStateError,
+    InvalidReceiveError,
     KafkaConnectionError,
     KafkaError,
     KafkaTimeoutError,
+    SaslAuthenticationFailedError,
     TopicAuthorizationFailedError,
+    UnsupportedCodecError,
     UnsupportedSaslMechanismError,
 )
 from kafka.net.connection import KafkaConnection
@@ -28,6 +34,7 @@ from pipeline.errors import ConfigError, DependencyError
 from pipeline.servers import Kafka, Sasl, Tls
 
 _PROBE_MS = 5_000
+_HANGING_UP = (SaslAuthenticationFailedError, UnsupportedSaslMechanismError, InvalidReceiveError)
 _START = "start it (`logicrd stack up` makes the topics too), or correct kafka.bootstrap in the line file"
 _NO_TLS = "this port speaks no TLS", "name the TLS port in kafka.bootstrap, or remove kafka.tls"
 # What the text of a failed TLS handshake holds, what that is and what to do about it: the library's errors have no
@@ -42,6 +49,19 @@ _TLS_FAULTS = (
     ("WRONG_VERSION_NUMBER", _NO_TLS),
     ("EOF", _NO_TLS),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A record that the library cannot read, as a header's name that is no UTF-8; what is in it stays unknown."""
+
+    topic: str
+    partition: int
+    offset: int
+    error: str
+    key: None = None
+    value: None = None
+    headers: tuple[tuple[str, bytes], ...] = ()
 
 
 def client_options(settings: Kafka) -> dict[str, Any]:
@@ -60,6 +80,29 @@ def client_options(settings: Kafka) -> dict[str, Any]:
     if settings.sasl is not None:
         options |= _login(settings.sasl)
     return options
+
+
+def poll(consumer: KafkaConsumer, timeout_ms: int) -> list[Any]:
+    """Give the next records, each the library's own or an `Unreadable`. Raises KafkaError for everything else."""
+    try:
+        polled = consumer.poll(timeout_ms=timeout_ms)
+    except (CorruptRecordError, UnsupportedCodecError) as error:
+        return [_stepped_over(consumer, error)]
+    return [record for records in polled.values() for record in records]
+
+
+def _stepped_over(consumer: KafkaConsumer, error: KafkaError) -> Unreadable:
+    """Set the consumer behind what it cannot read: the library's next `poll` would never return.
+
+    Its batch is read again from the next offset, so that all that follows in that batch, which the library cannot
+    reach, is told one by one.
+    """
+    batch = consumer._fetcher._next_partition_records  # the library's own, for its error does not say where
+    if not batch:
+        raise error
+    place, offset = batch.topic_partition, batch.next_fetch_offset
+    consumer.seek(place, offset + 1)
+    return Unreadable(place.topic, place.partition, offset, f"unreadable: {error}")
 
 
 def unreachable(settings: Kafka, error: KafkaError) -> DependencyError:
@@ -84,20 +127,19 @@ def _explained(settings: Kafka, error: KafkaError, *, greeted: bool) -> tuple[st
     who = "this line" if settings.sasl is None else f"user {settings.sasl.username!r}"
     if isinstance(error, AuthorizationError):
         return f"{who} may not: {text}", "give it the right by an ACL of Kafka (`kafka-acls --add`); README lists them"
-    if isinstance(error, UnsupportedSaslMechanismError):
-        return text, "name a mechanism that this port knows in kafka.sasl.mechanism"
     if isinstance(error, IllegalSaslStateError):
         return "this port asks for no login", "name the port that does in kafka.bootstrap, or remove kafka.sasl"
     for word, (what, hint) in _TLS_FAULTS:
         if "SSL" in text and word in text:
             return what or text, hint
-    if "disconnected" not in text:
-        return text, _START
-    return _hung_up(settings, who, greeted=greeted)
+    # A broker tells what is wrong and hangs up at once; the library does not always hear the first.
+    if isinstance(error, _HANGING_UP) or "disconnected" in text:
+        return _hung_up(settings, who, greeted=greeted)
+    return text, _START
 
 
 def _hung_up(settings: Kafka, who: str, *, greeted: bool) -> tuple[str, str]:
-    """Say why the broker closed the connection without a word: by what it had been asked, and what it had answered."""
+    """Say why the broker closed the connection: by what it had been asked, and whether it had answered before."""
     if greeted and settings.sasl is not None:
         hint = "check kafka.sasl: username, mechanism and what is in password_file"
         return f"the login of {who} by {settings.sasl.mechanism} is refused", hint
@@ -105,7 +147,7 @@ def _hung_up(settings: Kafka, who: str, *, greeted: bool) -> tuple[str, str]:
         return "this port asks for a login", "set kafka.sasl, or name another port in kafka.bootstrap"
     if settings.tls is None:
         return "the broker hangs up on plain text", "this is a TLS port, it seems: set kafka.tls"
-    return "the broker hangs up", _START
+    return "the broker hangs up", "see the broker's log"
 
 
 def _protocol(settings: Kafka) -> str:

@@ -19,10 +19,11 @@ from typing import Annotated, Literal
 import typer
 from rich.live import Live
 
+from pipeline import asyncapi, deepstream, logs
 from pipeline import config as configuration
-from pipeline import deepstream, logs
 from pipeline.app import Line, read_manifests
 from pipeline.cli_cameras import cameras_app
+from pipeline.cli_plan import plan
 from pipeline.cli_thresholds import threshold_doubts, thresholds_app
 from pipeline.cli_topics import topics_app
 from pipeline.errors import CheckError, LineError
@@ -63,6 +64,7 @@ for name, group in (
     ("topics", topics_app),
 ):
     app.add_typer(group, name=name)
+app.command("plan")(plan)
 
 
 def main() -> None:
@@ -165,8 +167,8 @@ def stack(context: typer.Context) -> None:
 
 @app.command(context_settings=PASS_ON)
 def bench(context: typer.Context) -> None:
-    """Measure this machine: `bench line`, `bench serving`, `bench ingest` (each with --json)."""
-    kinds = {"ingest", "line", "serving"}
+    """Measure this machine: `bench line`, `serving`, `ingest`; model many from it: `scaling` (each with --json)."""
+    kinds = {"ingest", "line", "scaling", "serving"}
     if not context.args or context.args[0] not in kinds:
         raise typer.BadParameter(f"name a benchmark: {', '.join(sorted(kinds))}")
     raise typer.Exit(run_script(f"tests/benchmarks/{context.args[0]}.py", context.args[1:]))
@@ -204,9 +206,15 @@ def config_show(config: Config = CONFIG_FILE) -> None:
 @config_app.command("schema")
 def config_schema(
     wire: Annotated[bool, typer.Option(help="The schemas of the events instead.")] = False,
+    out: Annotated[Path | None, typer.Option(help="With --wire: write them and asyncapi.json to this folder.")] = None,
 ) -> None:
     """Print the JSON Schema of the line file, for editors and charts."""
-    sys.stdout.write(json.dumps(schemas() if wire else configuration.schema(), indent=2) + "\n")
+    if not wire or out is None:
+        sys.stdout.write(json.dumps(schemas() if wire else configuration.schema(), indent=2) + "\n")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for name, document in {**schemas(), "asyncapi.json": asyncapi.document()}.items():
+        (out / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 @deepstream_app.command("render")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pipeline import config as configuration
 from pipeline.errors import DependencyError
 from pipeline.pool import PoolTopic
-from pipeline.roster import difference, read_list
+from pipeline.roster import difference, read_list, table_rows
 from pipeline.tail import camera_states
 from pipeline.terminal import CONFIG_FILE, PASS_ON, Config, Json, answer, run_script, stderr, table_of
 
@@ -20,17 +20,26 @@ cameras_app = typer.Typer(help="Cameras of the line.", no_args_is_help=True)
 
 @cameras_app.command("list")
 def cameras_list(config: Config = CONFIG_FILE, as_json: Json = False) -> None:
-    """List the cameras of the line file, each with the last state that a worker reported of it on Kafka."""
+    """List the cameras of the line file, and of the pools where it takes part in one, each with its last state.
+
+    That is what a worker reported last on Kafka.
+    """
     settings = configuration.load(config)
     states: dict[str, dict[str, str]] = {}
     none = {"state": "never reported"}
+    cameras: list[dict[str, Any]] = [camera.model_dump(mode="json") for camera in settings.cameras]
+    columns = ["id", "type", "product", "station", "overflow", "state", "reason", "since"]
+    unknown = "states are" if settings.pool is None else "states and the cameras of pools are"
     try:
+        if settings.pool is not None:
+            cameras += table_rows(PoolTopic(settings.kafka).read()[0])
+            columns = ["id", "pool", "type", "product", "station", "state", "reason", "worker", "since"]
         states = camera_states(settings.kafka, f"/{settings.site}/{settings.area}/{settings.line}")
     except DependencyError as error:
         none = {"state": "unknown"}
-        stderr.print(f"states are unknown: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    rows = [camera.model_dump(mode="json") | none | states.get(camera.id, {}) for camera in settings.cameras]
-    answer(rows, as_json, table_of(rows, ["id", "type", "product", "station", "overflow", "state", "reason", "since"]))
+        stderr.print(f"{unknown} unknown: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    rows = [camera | none | states.get(camera["id"], {}) for camera in cameras]
+    answer(rows, as_json, table_of(rows, columns))
 
 
 @cameras_app.command("apply")

@@ -128,7 +128,10 @@ def thresholds_export(
     store = ThresholdStore(settings.redis)
     records = {product: fields for product in read_manifests(settings) if (fields := store.get(product))}
     document = limits.to_document(records)
-    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True) if not as_json else json.dumps(document) + "\n"
+    if as_json:  # with its characters as they are: YAML, as which it is read again, joins no halves of one
+        text = json.dumps(document, ensure_ascii=False, indent=1) + "\n"
+    else:
+        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
     if out is None:
         sys.stdout.write(text)
         return
@@ -193,6 +196,8 @@ def thresholds_policy(
     as_json: Json = False,
 ) -> None:
     """Show, or set, the rule by which limits come into force."""
+    if not 1 / 60 <= expiry_h <= 720:  # as above, where NaN passes
+        raise typer.BadParameter("--expiry-h is a finite number of hours")
     store = ThresholdStore(configuration.load(config).redis)
     if two_person is not None:
         rule = Policy(approvals=2 if two_person else 1, expiry_s=round(expiry_h * 3600), people=people)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +34,7 @@ def thresholds_suggest(
         float | None, typer.Option(min=0, help="Bearable false alarms (NG) an hour. Default: 1 % of the good parts.")
     ] = None,
     reviews_per_hour: Annotated[
-        float | None, typer.Option(min=0, help="Bearable needless looks an hour. Default: 5 % of the good parts.")
+        float | None, typer.Option(min=0, help="Bearable needless looks an hour. Default: 4 % of the good parts.")
     ] = None,
     last: Last = 10_000,
     config: Config = CONFIG_FILE,
@@ -42,9 +43,11 @@ def thresholds_suggest(
     """Suggest limits: the model's own, from its validation normals, or others from reviewed parts; sets nothing."""
     if parts_per_hour is None and (false_alarms_per_hour is not None or reviews_per_hour is not None):
         raise typer.BadParameter("--false-alarms-per-hour and --reviews-per-hour need --parts-per-hour")
+    if not all(math.isfinite(given or 0) for given in (parts_per_hour, false_alarms_per_hour, reviews_per_hour)):
+        raise typer.BadParameter("figures an hour are finite numbers")
     settings = configuration.load(config)
     manifest = read_manifest(settings.triton.models_repo, product)
-    own = manifest.calibration.thresholds
+    own = own_limits(manifest)
     found: dict[str, Any]
     if reviewed is None:
         forecast = tuning.from_normals(manifest.calibration)
@@ -56,9 +59,9 @@ def thresholds_suggest(
         parts, unknown = _scored(settings, manifest, reviewed, last)
         chosen = tuning.suggest(parts, ng_rate=ng_rate, review_rate=min(1.0, ng_rate + extra))
         forecast = tuning.from_reviewed(parts, chosen)
-        models = tuning.from_reviewed(parts, Limits(own.ng, own.review))
+        models = tuning.from_reviewed(parts, own)
         found = {"ng": chosen.ng, "review": chosen.review, "source": "reviewed parts", "parts": len(parts)}
-        found |= {"without_score": unknown, "models_own": asdict(own_limits(manifest)) | _told(models, parts_per_hour)}
+        found |= {"without_score": unknown, "models_own": asdict(own) | _told(models, parts_per_hour)}
         doubts = tuning.doubts(parts, manifest, ng_rate)
     found = {"product": product, **found, "model_sha256": manifest.model_sha256, "parts_per_hour": parts_per_hour}
     found |= {"forecast": _told(forecast, parts_per_hour), "method": tuning.METHOD, "doubts": doubts}

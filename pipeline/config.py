@@ -326,12 +326,13 @@ def _explain(path: Path, error: ValidationError) -> Iterator[str]:
             del steps[2]  # the kind of camera: a step of the checker, not of the file
         place = re.sub(r"\.\[", "[", ".".join(f"[{step}]" if isinstance(step, int) else str(step) for step in steps))
         if fault["type"] == "extra_forbidden":
-            yield f"{path}: {place}: unknown key{_nearest(str(steps[-1]), steps[:-1])}"
+            yield f"{path}: {place}: unknown key{nearest(str(steps[-1]), steps[:-1])}"
         else:
             yield f"{path}: {place or 'line'}: {fault['msg'].removeprefix('Value error, ')}"
 
 
-def _nearest(word: str, place: list[int | str]) -> str:
+def nearest(word: str, place: list[int | str]) -> str:
+    """Suggest the known key that is nearest to an unknown one at a place of the file; '' when none is near."""
     matches = difflib.get_close_matches(word, _known_keys(place), n=1, cutoff=0.5)
     return f"; did you mean `{matches[0]}`?" if matches else ""
 

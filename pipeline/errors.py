@@ -13,6 +13,8 @@ Lower libraries' errors are mapped at the module that talks to them and nowhere 
 
 from __future__ import annotations
 
+from typing import Literal
+
 
 class LineError(Exception):
     """A message for the operator: what, which one, and what to do (`hint`)."""
@@ -61,7 +63,8 @@ class SourceError(LineError):
 class FrameError(SourceError):
     """One picture is unusable (cut, corrupt, too large, of another size): its part is UNINSPECTED.
 
-    `trigger_count` is the camera's count of it, as in `Picture`: it came, though damaged, and is no gap.
+    `trigger_count` is the camera's count of it, as in `Picture`: it came, though damaged, and is no gap. The `reason`
+    `no_key_frame` is that of a stream joined too late to show the frame: only one that names its part was due.
     """
 
     def __init__(
@@ -71,8 +74,9 @@ class FrameError(SourceError):
         part_id: str | None = None,
         part_id_source: str | None = None,
         trigger_count: int | None = None,
+        reason: Literal["frame_corrupt", "no_key_frame"] = "frame_corrupt",
     ) -> None:
-        super().__init__(message, reason="frame_corrupt")
+        super().__init__(message, reason=reason)
         self.part_id = part_id
         self.part_id_source = part_id_source
         self.trigger_count = trigger_count

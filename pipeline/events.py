@@ -46,6 +46,7 @@ _NAMESPACE = uuid5(NAMESPACE_URL, "urn:logicrd:inspection")
 _TYPES = {"verdict": "verdict.v1", "view": "view.v1", "status": "status.v1", "audit": "audit.v1"}
 _DEAD_LETTER = "dlq.v1"
 _LONGEST_DEAD_LETTER = 64 * 1024
+_LONGEST_HEADER, _MOST_HEADERS = 1024, 64
 
 EventKind = Literal["verdict", "view", "status", "audit"]
 
@@ -74,6 +75,7 @@ class Place:
     line: str
     worker: str
     budget_ms: float
+    pool: str | None = None
 
     @property
     def source(self) -> str:
@@ -126,21 +128,34 @@ class Encoder:
         return self._event("audit", name, data.part_id, at, f"{place.line}/{frame.station}".encode(), _json(data))
 
     def dead_letter(
-        self, place: str, key: bytes | None, value: bytes | None, headers: Iterable[tuple[str, bytes]], error: str
+        self,
+        place: str,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Iterable[tuple[str, bytes | None]],
+        error: str,
     ) -> Event:
-        """Wrap a record that cannot be used: as it came, with what was wrong and where it lay (`place`) as headers."""
+        """Wrap a record that cannot be used: as it came, with what was wrong and where it lay (`place`) as headers.
+
+        What is longer than a record of Kafka should be is cut: the value at 64 KB, key and headers at 1 KB each.
+        """
         told = {"logicrd_error": error, "logicrd_record": place, "logicrd_worker": self._place.worker}
         if value is not None and len(value) > _LONGEST_DEAD_LETTER:
             value, told["logicrd_cut_from"] = value[:_LONGEST_DEAD_LETTER], str(len(value))
-        added = ((name, text.encode()) for name, text in told.items())
-        return Event(_DEAD_LETTER, key or b"", value or b"", (*headers, *added))
+        # A header may be null in Kafka and not in the library; what is huge is cut, lest the letter be refused too.
+        kept = [(name[:128], (text or b"")[:_LONGEST_HEADER]) for name, text in headers][:_MOST_HEADERS]
+        added = ((name, text.encode()[:_LONGEST_HEADER]) for name, text in told.items())
+        return Event(_DEAD_LETTER, (key or b"")[:_LONGEST_HEADER], value or b"", (*kept, *added))
 
     def status(
         self, camera_id: str, state: CameraState, reason: str, at: datetime, *, epoch: int | None = None
     ) -> Event:
         """Encode a camera's change of state; keyed by camera, so that the last state can be kept."""
-        data = StatusData(camera_id=camera_id, state=state.value, reason=reason, worker=self._place.worker, epoch=epoch)
-        name = f"{self._place.worker}/{camera_id}/{at.isoformat()}"
+        place = self._place
+        data = StatusData(
+            camera_id=camera_id, state=state.value, reason=reason, worker=place.worker, epoch=epoch, pool=place.pool
+        )
+        name = f"{place.worker}/{camera_id}/{at.isoformat()}"
         return self._event("status", name, camera_id, at, camera_id.encode(), _json(data))
 
     def _inspection(self, part: Part) -> str:
@@ -173,6 +188,7 @@ class Encoder:
             sequence=verdict.sequence,
             worker=place.worker,
             epoch=part.epoch,
+            pool=place.pool,
         )
 
     def _event(

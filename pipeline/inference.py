@@ -78,7 +78,28 @@ class InferenceClient:
             log.error("product left out", product=product, error=self._faults.get(product, "not served"))
         self._manifests = {name: manifest for name, manifest in self._manifests.items() if name not in lacking}
         self._optional = frozenset()
+        if optional:  # one that was asked before another showed what it serves has to show the same
+            self._pool.probe_again()
         return lacking
+
+    def learn(self, manifest: Manifest) -> str:
+        """Take one more product, once every replica in use serves it and has judged a black picture of it.
+
+        Gives why that is not so, '' when the product is taken; from then on every replica has to serve it. Blocks for
+        the probes.
+        """
+        in_use = self._pool.in_use()
+        for replica, client in in_use:
+            for look in (self._signature, self._canary):
+                finding, words = look(client, manifest)
+                if finding is not Finding.GOOD:
+                    return f"Triton at {replica.address}: {words}"
+        if not in_use:
+            return "no replica of Triton is in use"
+        model = Model(manifest.product, str(manifest.version), manifest.model_sha256)
+        self._models = {**self._models, manifest.product: model}
+        self._manifests = {**self._manifests, manifest.product: manifest}
+        return ""
 
     def require_all(self) -> list[str]:
         """Give the address of every replica; raises as `start` does when one of them is not good."""
@@ -87,6 +108,10 @@ class InferenceClient:
     def close(self) -> None:
         """Close every connection; answers under way come back as `triton_unavailable`."""
         self._pool.close()
+
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Wait until a replica has room for a batch; True at once when none is in use, which `submit` then says."""
+        return self._pool.wait_for_room(timeout_s)
 
     def submit(self, batch: Batch, done: Done) -> None:
         """Send a batch; `done` gets one inference a frame, later, on another thread.

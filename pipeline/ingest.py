@@ -66,6 +66,8 @@ class CameraReader:
         self._state = CameraState.CONNECTING
         self._reason = ""
         self._last_count: int | None = None
+        self._is_keyless = False
+        self._frame_fault = ""
         # The last picture's digest, and since when it has been the same.
         self._still: tuple[int, float] | None = None
         self._stage = f"camera {camera.id}"
@@ -119,6 +121,8 @@ class CameraReader:
             if self._stop.is_set():
                 return
             reason, text, hint = (error.reason, str(error), error.hint) if error else ("stream_ended", "", "")
+            if (self._reason, reason) == ("stream_ended", "no_frames"):
+                reason = self._reason  # there is still no stream since the last one ended
             had_pictures = self._state is CameraState.STREAMING
             self._change(CameraState.LOST, reason, text, hint)
             pause_s = FIRST_PAUSE_S if had_pictures else min(pause_s * 2, self._longest_pause_s())
@@ -140,6 +144,7 @@ class CameraReader:
     def _read_all(self, source: Source) -> None:
         next_due = time.monotonic()
         self._last_count = None
+        self._is_keyless = False
         while not self._stop.is_set():
             self._line.health.beat(self._stage)
             if not self._line.wait_for_room(self._camera.id, 0.5) or self._stop.is_set():
@@ -152,7 +157,10 @@ class CameraReader:
                 picture = source.read()
             except FrameError as error:
                 self._count_gap(error.trigger_count)
-                self._hand_over_fault(error)
+                if error.reason == "no_key_frame" and error.part_id is None:
+                    self._count_keyless()
+                else:
+                    self._hand_over_fault(error)
                 continue
             if picture is IDLE:
                 if isinstance(self._camera, LiveCamera) and self._camera.is_triggered:
@@ -170,6 +178,13 @@ class CameraReader:
         if count is not None and last is not None and count > last + 1:
             self._line.metrics.dropped(self._camera.id, "missed", count - last - 1)
             log.warning("frames missed", camera=self._camera.id, missed=count - last - 1)
+
+    def _count_keyless(self) -> None:
+        """Count a frame that came before the stream's first key frame and names no part: none was due for it."""
+        self._line.metrics.dropped(self._camera.id, "no_key_frame")
+        if not self._is_keyless:
+            self._is_keyless = True
+            log.info("stream joined between two key frames: frames are not seen until the next", camera=self._camera.id)
 
     def _refuse_frozen(self, picture: Picture) -> None:
         """Give up a camera that repeats itself bit for bit: its part would be judged by the picture of another."""
@@ -197,6 +212,7 @@ class CameraReader:
                 FrameError(wrong, part_id=picture.part_id, part_id_source=picture.part_id_source), picture
             )
             return
+        self._frame_fault = ""
         image = picture.image if view is None else cut_region(picture.image, view.crop, view.rotate, self._inside)
         image = to_model_size(image, *self._model_size)
         self._accept(
@@ -209,7 +225,9 @@ class CameraReader:
         )
 
     def _hand_over_fault(self, error: FrameError, picture: Picture | None = None) -> None:
-        log.warning("frame not usable", camera=self._camera.id, cause=Cause.FRAME_CORRUPT.value, error=str(error))
+        if str(error) != self._frame_fault:  # once a spell: a camera of the wrong size would fill the log
+            self._frame_fault = str(error)
+            log.warning("frame not usable", camera=self._camera.id, cause=Cause.FRAME_CORRUPT.value, error=str(error))
         captured_at = picture.captured_at if picture is not None else datetime.now(UTC)
         captured_s = picture.captured_s if picture is not None else time.monotonic()
         trigger_count = picture.trigger_count if picture is not None else error.trigger_count

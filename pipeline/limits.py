@@ -26,7 +26,9 @@ RECORD_FIELDS = (*LINE_FIELDS, "updated_by", "updated_as", "approved_by", "appro
 """A whole record. `*_by` is the name that a person gave, `*_as` the user by whom Redis let the command in."""
 
 _NUMBER = re.compile(r"[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})([eE][+-]?[0-9]{1,3})?", re.ASCII)
-_VERSION = re.compile(r"[0-9]{1,15}", re.ASCII)  # exact in Lua's doubles, in JSON and in every consumer's 64 bits
+# Exact in Lua's doubles, in JSON and in every consumer's 64 bits. The store counts on from 14 digits at most, so that
+# what it writes after somebody's row of nines is a version still.
+_VERSION = re.compile(r"[0-9]{1,15}", re.ASCII)
 _SET_AGAIN = "set it with `logicrd thresholds set`"
 
 
@@ -133,7 +135,7 @@ def to_roll_back_to(
 class _Entry(Block):
     ng: Finite
     review: Finite
-    version: Annotated[int, Field(ge=0, lt=10**15)] | None = None
+    version: Annotated[int, Field(ge=0, lt=10**14)] | None = None
     model_sha256: Sha256 | None = None
     updated_at: str = ""
     updated_by: str = ""

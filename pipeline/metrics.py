@@ -180,12 +180,7 @@ class Metrics:
         self.threshold_age = Gauge(
             "inspection_threshold_age_seconds", "Since the last good read of Redis", registry=registry
         )
-        self._thresholds_unused = Gauge(
-            "inspection_threshold_unused",
-            "1 while a record in Redis is not used",
-            ["product", "reason"],
-            registry=registry,
-        )
+        self._unused = Gauge("inspection_threshold_unused", "Record not used", ["product", "reason"], registry=registry)
 
     def camera(self, camera_id: str, *, product: str, station: str) -> None:
         """Announce a camera, so that it is shown before its first frame; one that comes again goes on counting."""
@@ -301,9 +296,9 @@ class Metrics:
     def threshold_unused(self, product: str, *, before: str, now: str) -> None:
         """Note why a product's record in Redis is not used any more, or (`now` empty) that it is."""
         if before:
-            self._thresholds_unused.labels(product, before).set(0)
+            self._unused.labels(product, before).set(0)
         if now:
-            self._thresholds_unused.labels(product, now).set(1)
+            self._unused.labels(product, now).set(1)
 
     def acknowledged(self, *, is_part: bool) -> None:
         """Count an event that Kafka has confirmed."""

@@ -26,7 +26,7 @@ from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssi
 from kafka.errors import KafkaError
 from kafka.structs import TopicPartition
 
-from pipeline.brokers import client_options, no_topic, unreachable
+from pipeline.brokers import Unreadable, client_options, no_topic, poll, unreachable
 from pipeline.cameras import Camera, read_secret
 from pipeline.config import Pool as PoolSettings
 from pipeline.config import rooted
@@ -49,6 +49,8 @@ _TIMEOUT_S = 3.0
 # A worker's poll, and its wait for readers that let go.
 _LET_GO_S = 3.0
 _ACKNOWLEDGED_S = 20.0
+# Of a record's key, which need not be a camera's id: it is told in an event, which has to fit into a record.
+_LONGEST_NAME = 256
 _STAGE = "camera pool"
 _APPLY = "apply the camera again with `logicrd cameras apply`"
 
@@ -163,9 +165,13 @@ class CameraPool:
 
     def _turn(self) -> None:
         assert self._consumer is not None  # noqa: S101 (set by connect)
-        for partition, records in self._consumer.poll(timeout_ms=int(_POLL_S * 1e3)).items():
-            for record in records:
-                self._note(partition.partition, record.key, record.value)
+        for record in poll(self._consumer, int(_POLL_S * 1e3)):
+            if isinstance(record, Unreadable):
+                log.error(
+                    "a record of the camera pool is skipped", offset=record.offset, error=record.error, hint=_APPLY
+                )
+            else:
+                self._note(record.partition, record.key, record.value)
         self._catch_up(self._consumer)
         generation = self._consumer.group_metadata().generation_id
         if generation >= 0 and generation != self._line.epoch:
@@ -177,7 +183,7 @@ class CameraPool:
     def _note(self, partition: int, key: bytes | None, value: bytes | None) -> None:
         """Keep what a record says; the last one of a key counts."""
         records = self._records.setdefault(partition, {})
-        name = (key or b"").decode("utf-8", "replace")
+        name = (key or b"")[:_LONGEST_NAME].decode("utf-8", "replace")
         found = read_record(key, value, self._pool.name) if value is not None else None
         if found is None:
             records.pop(name, None)
@@ -304,8 +310,8 @@ class PoolTopic:
             ends = consumer.end_offsets(partitions)
             table: dict[Place, bytes] = {}
             while any(consumer.position(partition) < end for partition, end in ends.items()):
-                for records in consumer.poll(timeout_ms=250).values():
-                    for record in records:
+                for record in poll(consumer, 250):
+                    if not isinstance(record, Unreadable):  # what no worker can read either
                         _keep(table, record)
         except KafkaError as error:
             raise unreachable(self._settings, error) from None

@@ -82,7 +82,8 @@ def open_client(settings: RedisSettings) -> redis.Redis:
         encoding_errors="replace",
         socket_timeout=_TIMEOUT_S,
         socket_connect_timeout=_TIMEOUT_S,
-        retry=Retry(NoBackoff(), 1),
+        # Once more over a new connection, for one that lay idle may be dead; never for a server that hangs.
+        retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
         client_name="logicrd",
         driver_info=None,  # the library's name and version would need one more right in Redis
         **options,

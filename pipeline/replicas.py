@@ -99,6 +99,16 @@ class ReplicaPool:
                 self._complain(bad)
             return [replica.address for replica in self._balance.replicas]
 
+    def in_use(self) -> list[tuple[Replica, InferenceServerClient]]:
+        """List the replicas that get batches, each with its channel."""
+        with self._changed:
+            return [(replica, self._clients[replica]) for replica in self._balance.up]
+
+    def probe_again(self) -> None:
+        """Ask every replica in use once more how it is."""
+        with self._changed:
+            self._balance.suspect_all(time.monotonic())
+
     def close(self) -> None:
         """Close every channel; requests under way end as cancelled."""
         self._stop.set()
@@ -109,6 +119,11 @@ class ReplicaPool:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(_JOIN_S)
+
+    def wait_for_room(self, timeout_s: float) -> bool:
+        """Wait until a replica holds fewer than `max_in_flight` batches; True at once when none is in use."""
+        with self._changed:
+            return self._changed.wait_for(self._has_room, timeout_s)
 
     def take(self, avoid: Replica | None = None) -> tuple[Replica, InferenceServerClient] | None:
         """Give the replica for the next request, another than `avoid` where there is one; None when all are down."""
@@ -123,6 +138,7 @@ class ReplicaPool:
             before = replica.standing
             again = self._balance.give_back(replica, fault, words, time.monotonic(), first_try=first_try)
             self._note(replica, before)
+            self._changed.notify_all()
         return again
 
     # Thread for names
@@ -232,6 +248,10 @@ class ReplicaPool:
         count = len(self._balance.up)
         self._metrics.triton_replicas_up.set(count)
         self._health.ready("triton", state=count > 0)
+
+    def _has_room(self) -> bool:
+        up = self._balance.up
+        return not up or any(replica.in_flight < self._settings.max_in_flight for replica in up)
 
     def _settled(self) -> bool:
         """Whether waiting longer at the start is of no use."""

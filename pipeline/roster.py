@@ -16,16 +16,12 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.cameras import Block, Camera, Name
+from pipeline.cameras import Camera, PoolMember
+from pipeline.config import nearest
 from pipeline.errors import ConfigError
 
-DEFAULT_POOL = "default"
 _APPLY = "correct it with `logicrd cameras apply`"
 _CAMERA: TypeAdapter[Camera] = TypeAdapter(Camera)
-
-
-class _Pool(Block):
-    pool: Name = DEFAULT_POOL
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +116,7 @@ def _product_unknown(product: str, products: Collection[str]) -> Refusal:
     return Refusal(
         "product_unknown",
         f"product {product!r} is not served here; there are: {', '.join(sorted(products)) or 'none'}",
-        "export the product, let Triton load it and start this worker again, or correct the camera",
+        "export the product and let Triton load it: the camera is read then; or correct the camera",
     )
 
 
@@ -128,7 +124,7 @@ def read_record(key: bytes | None, value: bytes, pool: str) -> Camera | Refusal 
     """Read a record as a worker of `pool` does; None for another pool's camera. Nothing in a record is trusted."""
     try:
         document = _object(value)
-        if _pool_of(document) != pool:
+        if _pool_of(document, "record") != pool:
             return None
         camera = parse(document, "record").camera
     except ConfigError as error:
@@ -159,11 +155,15 @@ def parse(document: object, place: str) -> PoolCamera:
         raise ConfigError(f"{place}: a camera is a mapping of keys, not {type(document).__name__}")
     block = {key: value for key, value in document.items() if key != "pool"}
     try:
-        return PoolCamera(_pool_of(document), _CAMERA.validate_python(block))
+        return PoolCamera(_pool_of(document, place), _CAMERA.validate_python(block))
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(step) for step in fault["loc"][1:]) or "type"
-        raise ConfigError(f"{place}: {where}: {fault['msg'].removeprefix('Value error, ')}") from None
+        steps = fault["loc"][1:]
+        where = ".".join(str(step) for step in steps) or "type"
+        words = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            words = f"unknown key{nearest(str(steps[-1]), ['cameras', *steps[:-1]])}"
+        raise ConfigError(f"{place}: {where}: {words}") from None
 
 
 def difference(
@@ -177,6 +177,16 @@ def difference(
     if prune:
         changes += [_removal(name, present) for name in sorted({name for _, name in present} - names)]
     return [change for change in changes if change is not None]
+
+
+def table_rows(present: Mapping[Place, bytes]) -> list[dict[str, Any]]:
+    """Give each camera of the topic, with its pool, as a row of words; of a record that is no camera the id alone."""
+    rows: dict[str, dict[str, Any]] = {}
+    for (_, name), value in sorted(present.items()):
+        entry = _present(value)
+        known = {} if entry is None else {"pool": entry.pool, **entry.camera.model_dump(mode="json")}
+        rows.setdefault(name, {"id": name, "pool": "", **known})
+    return sorted(rows.values(), key=lambda row: (row["pool"], row["id"]))
 
 
 def _change(
@@ -245,11 +255,11 @@ def _present(value: bytes) -> PoolCamera | None:
         return None
 
 
-def _pool_of(document: Mapping[str, Any]) -> str:
+def _pool_of(document: Mapping[str, Any], place: str) -> str:
     try:
-        return _Pool.model_validate({key: value for key, value in document.items() if key == "pool"}).pool
+        return PoolMember.model_validate({key: value for key, value in document.items() if key == "pool"}).pool
     except ValidationError:
-        raise ConfigError("pool: a name of letters, digits, '_', '.' and '-'") from None
+        raise ConfigError(f"{place}: pool: a name of letters, digits, '_', '.' and '-'") from None
 
 
 def _object(value: bytes) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Triton(Block):
     models_repo: Path = Path("models_repo")
     """The model repository that the server serves; the line reads the manifests in it."""
     max_in_flight: Annotated[int, Field(ge=1, le=64)] = 3
-    """Batches under way at once, over all replicas; more fills the servers' gaps, fewer makes larger batches."""
+    """Batches under way at once for each replica; more fills the server's gaps, fewer makes larger batches."""
     startup_timeout_s: Positive = 10.0
     """How long the start waits for a replica to be ready."""
 

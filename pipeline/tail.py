@@ -16,7 +16,7 @@ from kafka import KafkaConsumer
 from kafka.errors import KafkaError
 from kafka.structs import TopicPartition
 
-from pipeline.brokers import client_options, no_topic, unreachable
+from pipeline.brokers import Unreadable, client_options, no_topic, poll, unreachable
 from pipeline.events import decode
 from pipeline.servers import Kafka as KafkaSettings
 
@@ -95,11 +95,10 @@ class VerdictReader:
     def _poll(self) -> Iterator[dict[str, Any]]:
         assert self._consumer is not None  # noqa: S101 (set by __enter__)
         try:
-            polled = self._consumer.poll(timeout_ms=250)
+            records = poll(self._consumer, 250)
         except KafkaError as error:
             raise unreachable(self._settings, error) from None
-        for records in polled.values():
-            yield from map(_event, records)
+        yield from map(_event, records)
 
 
 def last_verdicts(settings: KafkaSettings, source: str, product: str, count: int) -> list[dict[str, Any]]:
@@ -148,10 +147,11 @@ def _time(event: dict[str, Any]) -> str:
 def _is_outdated(event: dict[str, Any], other: dict[str, Any]) -> bool:
     """Say whether a later event is that of a worker that has lost the camera to the `other` one's, and not heard of it.
 
-    That is so for a short while only: Kafka counts the epochs of a pool anew when it has had no worker for long.
+    That is so for a short while only: Kafka counts the epochs of a pool anew when it has had no worker for long. Pools
+    count each for itself: of a camera that went to another pool, the later event holds.
     """
     epoch, known = event["data"].get("epoch"), other["data"].get("epoch")
-    if epoch is None or known is None or epoch >= known:
+    if epoch is None or known is None or epoch >= known or event["data"].get("pool") != other["data"].get("pool"):
         return False
     try:
         return datetime.fromisoformat(_time(event)) - datetime.fromisoformat(_time(other)) < _UNHEARD
@@ -165,6 +165,8 @@ def _event(record: Any) -> dict[str, Any]:  # noqa: ANN401 (the library's record
         "partition": record.partition,
         "offset": record.offset,
     }
+    if isinstance(record, Unreadable):
+        return {"error": record.error, **place}
     try:
         return {**decode(record.value or b"", dict(record.headers)), **place}
     except ValueError as error:

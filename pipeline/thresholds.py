@@ -27,6 +27,7 @@ from pipeline.servers import Redis as RedisSettings
 from pipeline.threshold_store import CHANNEL, ThresholdStore
 from pipeline.types import Threshold, ThresholdSource
 
+_LEARN_S = 5.0
 _STAGE = "thresholds"
 _MOST_ANNOUNCEMENTS = 1000  # taken at once before a read; the rest leads to the next one
 
@@ -79,6 +80,14 @@ class ThresholdCache:
             log.warning("Redis is down: last known good thresholds from disk", error=str(error), hint=error.hint)
         self._thread.start()
 
+    def learn(self, manifest: Manifest) -> bool:
+        """Follow the limits of one more product; says whether they are known, after at most `_LEARN_S`."""
+        self._manifests = {**self._manifests, manifest.product: manifest}
+        until = time.monotonic() + _LEARN_S
+        while manifest.product not in self._current and time.monotonic() < until:
+            self._stop.wait(0.05)
+        return manifest.product in self._current
+
     def close(self) -> None:
         """End the thread."""
         self._stop.set()
@@ -114,7 +123,8 @@ class ThresholdCache:
                 announced = 0
                 while announced < _MOST_ANNOUNCEMENTS and changes.get_message(timeout=0.0 if announced else 0.25):
                     announced += 1
-                if announced or time.monotonic() - self._read_s >= self._settings.refresh_s:
+                is_due = time.monotonic() - self._read_s >= self._settings.refresh_s
+                if announced or is_due or self._manifests.keys() - self._current.keys():
                     self._read()
 
     def _beat(self) -> None:

@@ -21,7 +21,7 @@ from kafka import KafkaConsumer
 from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
-from pipeline.brokers import client_options, no_topic, unreachable
+from pipeline.brokers import Unreadable, client_options, no_topic, poll, unreachable
 from pipeline.events import Encoder, Event
 from pipeline.health import Health
 from pipeline.metrics import Metrics
@@ -182,11 +182,13 @@ class TriggerReader:
         if self._quiet.is_set():
             self._stop.wait(_POLL_MS / 1e3)
             return
-        for records in self._consumer.poll(timeout_ms=_POLL_MS).values():
-            for record in records:
-                self._handle(record)
+        for record in poll(self._consumer, _POLL_MS):
+            self._handle(record)
 
     def _handle(self, record: Any) -> None:  # noqa: ANN401 (the library's record has no public type)
+        if isinstance(record, Unreadable):
+            self._dead_letter(record, record.error)
+            return
         try:
             data = decode_trigger(record.value, dict(record.headers))
             trigger = self._trigger(data, record)

@@ -10,6 +10,7 @@ Called by the commands.
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import math
 from collections import Counter
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.errors import ConfigError
 from pipeline.fusion import worst
@@ -92,8 +94,8 @@ def rate(fewest: int, most: int, of: int) -> Rate:
 def clopper_pearson(count: int, of: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Give the exact two-sided interval of a binomial rate (Clopper and Pearson 1934): `count` of `of`, at least 1."""
     tail = (1 - confidence) / 2
-    low = 0.0 if count == 0 else _solve(lambda p: _at_least(count, of, p) > tail)
-    high = 1.0 if count == of else _solve(lambda p: 1 - _at_least(count + 1, of, p) < tail)
+    low = 0.0 if count == 0 else _solve(lambda p: _at_most(count - 1, of, p) < 1 - tail)
+    high = 1.0 if count == of else _solve(lambda p: _at_most(count, of, p) < tail)
     return low, high
 
 
@@ -151,7 +153,7 @@ def doubts(parts: Sequence[tuple[bool, float]], manifest: Manifest, ng_rate: flo
     needed = math.ceil(math.log((1 - CONFIDENCE) / 2) / math.log1p(-ng_rate)) if 0 < ng_rate < 1 else 0
     if len(good) < needed:
         found.append(
-            f"{len(good)} good parts cannot show a rate of {ng_rate:.2g}: that takes {needed} without an alarm"
+            f"{len(good)} good parts are too few to show a rate of {ng_rate:.2g}: {needed} without a false alarm would"
         )
     if not bad:
         found.append("no bad part was reviewed: nothing is known of misses")
@@ -205,7 +207,8 @@ def flips(
         if not scores:
             incomparable += 1
             continue
-        absent = any(view.get("required") for view in data.get("missingViews", []))
+        missing = data.get("missingViews")
+        absent = isinstance(missing, list) and any(isinstance(view, dict) and view.get("required") for view in missing)
         old, new = (_judged(views, limits, absent=absent) for limits in (before, after))
         ways[f"{old.value}>{new.value}"] += 1
         if old is not new:
@@ -263,13 +266,19 @@ def _reaching(limit: float, quantiles: Mapping[str, float], count: int) -> tuple
     return count - min(above, default=count), count - 1 - max(below, default=-1)
 
 
-def _at_least(count: int, of: int, p: float) -> float:
-    """Probability of `count` or more of `of` at rate p, 0 < p < 1."""
+def _at_most(count: int, of: int, p: float) -> float:
+    """Probability of at most `count` of `of` at rate p, 0 < p < 1; sums up the side with fewer terms."""
+    few = 2 * count < of
+    hits = np.arange(count + 1) if few else np.arange(count + 1, of + 1)
+    mass = float(np.exp(_log_choose(of)[hits] + hits * math.log(p) + (of - hits) * math.log1p(-p)).sum())
+    return mass if few else 1.0 - mass
+
+
+@functools.lru_cache(maxsize=4)
+def _log_choose(of: int) -> npt.NDArray[np.float64]:
+    """Logarithms of the binomial coefficients of `of`, (of + 1,)."""
     places = np.arange(1, of + 1)
-    choose = np.concatenate(([0.0], np.cumsum(np.log((of - places + 1) / places))))
-    hits = np.arange(of + 1)
-    mass = np.exp(choose + hits * math.log(p) + (of - hits) * math.log1p(-p))
-    return float(mass[count:].sum())
+    return np.concatenate(([0.0], np.cumsum(np.log((of - places + 1) / places))))
 
 
 def _solve(is_above: Callable[[float], bool]) -> float:

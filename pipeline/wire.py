@@ -1,4 +1,4 @@
-"""The contract on Kafka: the data of every event that the line sends, and of the trigger that it takes.
+"""The contract on Kafka: the data of every event that the line sends, of the trigger and the camera that it takes.
 
 Their JSON Schemas in `pipeline/schemas/` are generated from the models here, and a test holds them equal. Changes are
 additive. Pure: no clock, no client. Called by `events`, `triggers` and the command line.
@@ -10,8 +10,10 @@ import json
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
+
+from pipeline.cameras import Camera, PoolMember
 
 JudgementName = Literal["OK", "NG", "REVIEW", "UNINSPECTED"]
 
@@ -118,8 +120,10 @@ class VerdictData(_Data):
     worker: str
     epoch: int | None = None
     """Fencing epoch: the generation of the camera pool's group when the part was opened; null for a worker without a
-    pool. Of two workers that read one camera at the same time, the higher was in charge. Compare only verdicts of about
-    the same time: Kafka counts anew when a pool has had no worker for long."""
+    pool. Of two workers that read one camera at the same time, the higher was in charge. Compare only verdicts of one
+    `pool`, which counts for itself, and of about the same time: Kafka counts anew when it had no worker for long."""
+    pool: str | None = None
+    """The camera pool of the worker; null for a worker without one."""
 
 
 class StatusData(_Data):
@@ -131,7 +135,9 @@ class StatusData(_Data):
     reason: str
     worker: str
     epoch: int | None = None
-    """As in a verdict; of a camera's last states that of the highest epoch holds."""
+    """As in a verdict; of a camera's last states in one `pool` that of the highest epoch holds."""
+    pool: str | None = None
+    """As in a verdict."""
 
 
 class AuditData(_Data):
@@ -208,10 +214,20 @@ def schemas() -> dict[str, dict[str, Any]]:
         "audit.v1.json": AuditData,
         "trigger.v1.json": TriggerData,
     }
-    return {
-        name: {
-            "$schema": "https://json-schema.org/draft/2020-12/schema",
-            **model.model_json_schema(by_alias=True, mode="validation" if model is TriggerData else "serialization"),
-        }
+    found = {
+        name: model.model_json_schema(by_alias=True, mode="validation" if model is TriggerData else "serialization")
         for name, model in models.items()
     }
+    found["cameras.v1.json"] = _camera_record()
+    return {
+        name: {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema} for name, schema in found.items()
+    }
+
+
+def _camera_record() -> dict[str, Any]:
+    """Give the schema of a record of the camera pool: any camera's block, with its pool."""
+    schema = TypeAdapter[Any](Camera).json_schema()
+    for reference in schema["oneOf"]:
+        kind = schema["$defs"][reference["$ref"].rpartition("/")[2]]
+        kind["properties"] |= PoolMember.model_json_schema()["properties"]
+    return schema

@@ -10,15 +10,21 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kafka import KafkaAdminClient
-from kafka.admin import ACL, ACLOperation, ACLPermissionType, ResourcePattern, ResourceType
-from kafka.errors import KafkaError
+from kafka import KafkaAdminClient, KafkaConsumer
+from kafka.admin import (
+    ACL,
+    ACLOperation,
+    ACLPermissionType,
+    ACLResourcePatternType,
+    ResourcePattern,
+    ResourceType,
+)
 
 LIBS = Path(__file__).parents[1] / ".stack/kafka/libs"
 PASSWORD = "pass-W0rd-of-the-line"  # noqa: S105 (of a broker that lives for a test)
@@ -31,7 +37,7 @@ MECHANISMS = ("SCRAM-SHA-256", "SCRAM-SHA-512")
 class SecureBroker:
     """A running broker: an address for each way to speak to it, and the folder of the keys.
 
-    `line` may do all that a line does, `guest` may log in and nothing else; the open address may do everything.
+    `line` may do what a line does, `guest` may log in and nothing else; the open address may do everything.
     """
 
     folder: Path
@@ -133,6 +139,7 @@ def _properties(folder: Path, ports: dict[str, int]) -> str:
         "ssl.truststore.type": "PEM",
         "ssl.truststore.location": str(folder / "ca.pem"),
         "listener.name.ssl.ssl.client.auth": "required",
+        "listener.name.sasl_plaintext.sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-512",
         "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
         "super.users": "User:ANONYMOUS;User:CN=line",
         **logins,
@@ -152,32 +159,61 @@ def _format(folder: Path) -> None:
     for mechanism in MECHANISMS:
         for user, password in USERS.items():
             tool += ["--add-scram", f"{mechanism}=[name={user},password={password}]"]
-    subprocess.run([*_java(folder, 128), *tool], check=True, capture_output=True, timeout=90)
+    subprocess.run([*_java(folder, 128), *tool], check=True, capture_output=True, timeout=150)
 
 
 def _set_up(broker: SecureBroker, process: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + 90
-    while True:
-        try:
-            with broker.admin() as admin:
-                topics = {f"inspection.{name}": {"num_partitions": 2, "replication_factor": 1} for name in TOPICS}
-                admin.create_topics(topics, timeout_ms=10_000, wait_for_metadata=True)
-                admin.create_acls([_allow(kind, name) for kind, name in RIGHTS])
-                return
-        except (KafkaError, TimeoutError):
-            if process.poll() is not None or time.monotonic() > until:
-                words = (broker.folder / "broker.log").read_text(errors="replace")[-2000:]
-                raise RuntimeError(f"the broker does not start: {words}") from None
-            time.sleep(0.5)
+    _wait_for(lambda: _answers(broker.addresses["PLAINTEXT"]), broker, process)
+    with broker.admin() as admin:
+        topics = {f"inspection.{name}": {"num_partitions": 2, "replication_factor": 1} for name in TOPICS}
+        admin.create_topics(topics, timeout_ms=10_000, wait_for_metadata=True)
+        admin.create_acls([_allow(*right) for right in RIGHTS])
+    _wait_for(lambda: _sees_topics(broker), broker, process)
 
 
-RIGHTS = ((ResourceType.TOPIC, "*"), (ResourceType.GROUP, "*"), (ResourceType.CLUSTER, "kafka-cluster"))
+def _wait_for(is_so: Callable[[], bool], broker: SecureBroker, process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + 150
+    while not is_so():
+        if process.poll() is not None or time.monotonic() > until:
+            words = (broker.folder / "broker.log").read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"the broker does not start: {words}")
+        time.sleep(0.2)
 
 
-def _allow(kind: ResourceType, name: str) -> ACL:
-    pattern = ResourcePattern(kind, name)
-    operation = ACLOperation.IDEMPOTENT_WRITE if kind is ResourceType.CLUSTER else ACLOperation.ALL
-    return ACL("User:line", "*", operation, ACLPermissionType.ALLOW, pattern)
+def _answers(address: str) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", int(address.rpartition(":")[2]))) == 0
+
+
+def _sees_topics(broker: SecureBroker) -> bool:
+    """Whether the rights of the line are in force: rights come some time after they are given."""
+    consumer = KafkaConsumer(
+        bootstrap_servers=broker.addresses["SASL_PLAINTEXT"],
+        security_protocol="SASL_PLAINTEXT",
+        sasl_mechanism="SCRAM-SHA-512",
+        sasl_plain_username="line",
+        sasl_plain_password=PASSWORD,
+    )
+    try:
+        return len(consumer.topics()) >= len(TOPICS)
+    finally:
+        consumer.close()
+
+
+# What README says that the user of a line needs, and no more.
+RIGHTS = (
+    *((ResourceType.TOPIC, f"inspection.{name}.v1", ACLOperation.WRITE) for name in ("verdict", "view", "status")),
+    *((ResourceType.TOPIC, f"inspection.{name}.v1", ACLOperation.WRITE) for name in ("audit", "dlq", "cameras")),
+    *((ResourceType.TOPIC, f"inspection.{name}.v1", ACLOperation.READ) for name in ("trigger", "cameras")),
+    *((ResourceType.TOPIC, f"inspection.{name}.v1", ACLOperation.READ) for name in ("verdict", "status")),
+    (ResourceType.GROUP, "logicrd.", ACLOperation.READ),
+    (ResourceType.GROUP, "inspection.workers.", ACLOperation.READ),
+)
+
+
+def _allow(kind: ResourceType, name: str, operation: ACLOperation) -> ACL:
+    by = ACLResourcePatternType.PREFIXED if kind is ResourceType.GROUP else ACLResourcePatternType.LITERAL
+    return ACL("User:line", "*", operation, ACLPermissionType.ALLOW, ResourcePattern(kind, name, by))
 
 
 def _free_ports(count: int) -> list[int]:

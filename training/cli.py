@@ -175,6 +175,7 @@ def compare_command(
     precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="As the setting of that name.")] = "auto",
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
     rounds: Annotated[int, typer.Option(min=0, help="Rounds of the speed measurement; 0 leaves it out.")] = 30,
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep each new run's bundle.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train and measure LogicRD, its ablations, RD and DSKD on the same terms; resumes, and prints one table."""
@@ -193,7 +194,8 @@ def compare_command(
         teacher_arch=network.arch,
         teacher_sha256=weights_sha256(network),
     )
-    tasks = tasks_of(product_folders(data), out, network, equal, wanted, [int(seed) for seed in drawn])
+    products, numbers = product_folders(data), [int(seed) for seed in drawn]
+    tasks = tasks_of(products, out, network, equal, wanted, numbers, keep_models=keep_models)
     with _alone(out), _progress() as bar:
         task = bar.add_task("compare", total=len(tasks), note="")
         results = run_all(tasks, jobs, lambda done, note: bar.update(task, completed=done, note=note))

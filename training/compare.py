@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from training.config import CONFIGS, FitConfig, changed, load_config
 from training.data import check_pictures, open_data
+from training.detector import save_bundle
 from training.errors import DataError, TrainingError
 from training.evaluate import evaluate
 from training.fit import Places, fit
@@ -27,7 +28,7 @@ from training.masks import open_masks
 from training.metrics import TestReport
 from training.teacher import AnyTeacher, weights_sha256
 
-RESULT = "result.json"
+RESULT, MODEL = "result.json", "model"
 # Networks to train: name, recipe, and the modules that differ from it.
 NETWORKS: dict[str, tuple[str, dict[str, bool]]] = {
     "rd": ("rd", {}),
@@ -99,10 +100,12 @@ class Task:
     network: str
     config: FitConfig
     teacher: AnyTeacher
+    # Whether the fitted model stays in `folder` / model, for studies of it.
+    keep_model: bool = False
 
     @property
     def folder(self) -> Path:
-        """Where its checkpoint and its result lie."""
+        """Where its checkpoint, its result and perhaps its model lie."""
         return self.out / "runs" / self.data.name / self.network / str(self.config.seed)
 
 
@@ -117,7 +120,14 @@ def product_folders(root: Path) -> list[Path]:
 
 
 def tasks_of(
-    data: Sequence[Path], out: Path, teacher: AnyTeacher, equal: Equal, networks: Sequence[str], seeds: Sequence[int]
+    data: Sequence[Path],
+    out: Path,
+    teacher: AnyTeacher,
+    equal: Equal,
+    networks: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    keep_models: bool = False,
 ) -> list[Task]:
     """All runs, seed by seed, so that an early table covers every product and network."""
     tasks: list[Task] = []
@@ -138,7 +148,7 @@ def tasks_of(
                     "validate_every": equal.steps,
                     "seed": seed,
                 }
-                tasks.append(Task(folder, out, name, changed(own, changes, "compare"), teacher))
+                tasks.append(Task(folder, out, name, changed(own, changes, "compare"), teacher, keep_models))
     return tasks
 
 
@@ -184,6 +194,8 @@ def run_one(task: Task, threads: int) -> Result:
         training_s=spent_s,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
+    if task.keep_model:
+        save_bundle(task.folder / MODEL, detector)
     partial_path = path.with_suffix(".partial")
     partial_path.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
     partial_path.replace(path)

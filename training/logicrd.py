@@ -2,7 +2,8 @@
 
 After "LogicRD" (Yang et al., JOCA 2025, 10.11772/j.issn.1001-9081.2025020229), of which only the abstract is public:
 what its modules are for is the paper's; every shape, loss and constant is ours. Each module can be switched off; with
-all off this is reverse distillation on standardised levels with normed maps. Built by `methods`; holds no optimiser.
+all off this is reverse distillation that learns on standardised levels and measures both angle and size of what it
+missed. Built by `methods`; holds no optimiser.
 """
 
 from collections.abc import Iterator
@@ -15,18 +16,21 @@ from torch import Tensor, nn
 
 from training.modules.bottleneck import Bottleneck, describe
 from training.modules.decoder import Decoder
-from training.modules.distances import cosine_distance, distillation_loss
+from training.modules.distances import cosine_distance, distillation_loss, squared_distance
 from training.modules.fcp import Compensation
 from training.modules.gse import GlobalSemantics
 from training.modules.maps import NormedMap
 from training.modules.nii import Inhibition
 from training.modules.resnet import Features
-from training.modules.standard import Standardise
+from training.modules.standard import Restore, Standardise
 from training.stages import LEVELS, FeatureSource, Parameters, Wiring, rebuild
 from training.teacher import AnyTeacher
 
-# Weight of the global field's own distillation loss.
+# Weight of the loss that has GSE's field at level 3 say what the teacher sees there: worth 2 points of logical AUROC of
+# the map on three development products. The field is no map of its own: as one it cost structural AUROC.
 GLOBAL_LOSS = 0.5
+# What the student gives, level by level.
+REBUILT = ("d1", "d2", "d3")
 # How often the compensation pathway is shut for a picture while training, so that the student can do without it.
 PATHWAY_DROPOUT = 0.1
 # Channels inside the student, as a share of the teacher's.
@@ -57,16 +61,15 @@ class Semantics(nn.Module):
         self.bottleneck = Bottleneck(channels, width)
         fields = (*hidden_channels(channels)[1:], width)
         self.gse = GlobalSemantics(channels, fields, image_size) if switches.gse else None
-        self.expect = nn.Conv2d(fields[1], channels[2], 1) if switches.gse else None
 
     def forward(self, f1: Tensor, f2: Tensor, f3: Tensor) -> tuple[Tensor, ...]:
-        """(embedding, descriptor), or with GSE (embedding, g2, g3, expected3, descriptor)."""
+        """(embedding, descriptor), or with GSE (embedding, g2, g3, descriptor)."""
         s1, s2, s3 = (standard(f) for standard, f in zip(self.standard, (f1, f2, f3), strict=True))
         embedding = self.bottleneck.embedding(s1, s2, s3)
-        if self.gse is None or self.expect is None:
+        if self.gse is None:
             return embedding, describe(s1, s2, s3)
         g4, g3, g2, _ = self.gse(s1, s2, s3)
-        return embedding + g4, g2, g3, self.expect(g3), describe(s1, s2, s3)
+        return embedding + g4, g2, g3, describe(s1, s2, s3)
 
 
 class Student(nn.Module):
@@ -124,22 +127,27 @@ class Skip(nn.Module):
 
 
 class Comparison(nn.Module):
-    """Stage `map`: one map a level, and with GSE one between level 3 and what the whole picture let expect there."""
+    """Stage `map`: each level's cosine and squared distance to what the student rebuilt, in the teacher's own features.
 
-    def __init__(self, channels: tuple[int, int, int], image_size: int, maps: int) -> None:
+    The cosine sees what is unlike, however faint; the square sees how much is missing or too much, and where nothing
+    stands it is quiet.
+    """
+
+    def __init__(self, channels: tuple[int, int, int], image_size: int) -> None:
         super().__init__()
-        self.standard = nn.ModuleList(Standardise(c) for c in channels)
-        self.normed = NormedMap(image_size // 4, maps)
+        self.restore = nn.ModuleList(Restore(c) for c in channels)
+        self.normed = NormedMap(image_size // 4, maps=2 * len(channels))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """f1, f2, f3, d1, d2, d3 and perhaps expected3 to anomaly_map (B, side, side) and map_score (B, 1)."""
+        """f1, f2, f3, d1, d2, d3 to anomaly_map (B, side, side) and map_score (B, 1)."""
         anomaly_map, map_score = self.normed(self.distances(*tensors))
         return anomaly_map, map_score
 
     def distances(self, *tensors: Tensor) -> list[Tensor]:
-        """The maps (B, 1, h, w) at the sizes of their levels."""
-        levels = [standard(f) for standard, f in zip(self.standard, tensors[:3], strict=True)]
-        return [cosine_distance(f, d) for f, d in zip((*levels, levels[2]), tensors[3:], strict=False)]
+        """Both maps of each level (B, 2, h, w) at the sizes of the levels."""
+        rebuilt = [restore(d) for restore, d in zip(self.restore, tensors[3:], strict=True)]
+        pairs = zip(tensors[:3], rebuilt, strict=True)
+        return [torch.cat([cosine_distance(f, d), squared_distance(f, d)], dim=1) for f, d in pairs]
 
 
 class LogicRD(nn.Module):
@@ -153,7 +161,9 @@ class LogicRD(nn.Module):
         self.teacher = teacher.requires_grad_(False)
         self.bottleneck = Semantics(channels, width, image_size, switches)
         self.student = Student(channels, width, switches, self.wiring["student"][0])
-        self.map = Comparison(channels, image_size, maps=4 if switches.gse else 3)
+        self.map = Comparison(channels, image_size)
+        # For training alone: no stage uses it.
+        self.expect = nn.Conv2d(hidden_channels(channels)[2], channels[2], 1) if switches.gse else None
 
     def prepare(self, normals: FeatureSource) -> None:
         """Fits standardisation and normal subspaces on the training normals."""
@@ -161,8 +171,7 @@ class LogicRD(nn.Module):
             mean, second = moments
             variance = (second.diagonal() - mean.square()).clamp_min(0)
             skip = (None, self.student.skip2, self.student.skip3)[index]
-            standards = [cast(Standardise, stage.standard[index]) for stage in (self.bottleneck, self.map)]
-            standards += [] if skip is None else [skip.standard]
+            standards = [cast(Standardise, self.bottleneck.standard[index])] + ([] if skip is None else [skip.standard])
             for standard in standards:
                 standard.set_normals(mean.float(), variance.sqrt().float())
             if skip is not None and skip.gate is not None:
@@ -176,20 +185,26 @@ class LogicRD(nn.Module):
         return {"full": [p for name, p in trained if not name.startswith("bottleneck.gse.")], "attention": slow}
 
     def loss(self, features: Features) -> Tensor:
-        """Distillation loss on standardised levels, plus the global field's: a scalar from 0 (equal) to 7."""
+        """Distillation loss on standardised levels, with GSE that of its field too: a scalar from 0 (equal) to 7."""
         known = rebuild(self, self.wiring, features)
         levels = [standard(f) for standard, f in zip(self.bottleneck.standard, features, strict=True)]
-        loss = distillation_loss(levels, [known[name] for name in ("d1", "d2", "d3")])
-        if "expected3" in known:
-            loss = loss + GLOBAL_LOSS * distillation_loss([levels[2]], [known["expected3"]])
+        loss = distillation_loss(levels, [known[name] for name in REBUILT])
+        if self.expect is not None:
+            loss = loss + GLOBAL_LOSS * distillation_loss([levels[2]], [self.expect(known["g3"])])
         return loss
 
     @torch.no_grad()
     def settle(self, normals: FeatureSource) -> None:
-        """Fits the gates' limits and then the maps' norms on held-out normals."""
+        """Fits on held-out normals the gates' limits, then the way back to the teacher's features, then the norms.
+
+        In this order: each decides what the next sees.
+        """
         if self.switches.nii:
             self._settle_gates(normals)
-        self._settle_maps(normals)
+        for restore, level, rebuilt in zip(self.map.restore, LEVELS, REBUILT, strict=True):
+            cast(Restore, restore).settle((known[rebuilt], known[level]) for known in self._walk(normals))
+        taken = self.wiring["map"][0]
+        self.map.normed.settle(self.map.distances(*(known[n] for n in taken)) for known in self._walk(normals))
 
     def _settle_gates(self, normals: FeatureSource) -> None:
         # Deep gates first: what they let pass decides what the shallower level rebuilds.
@@ -203,11 +218,6 @@ class LogicRD(nn.Module):
                 measures[1].append(agreement.flatten())
             limits = [_limits(torch.cat(seen)) for seen in measures]
             skip.gate.set_limits(*limits)
-
-    def _settle_maps(self, normals: FeatureSource) -> None:
-        taken = self.wiring["map"][0]
-        walk = self._walk(normals)
-        self.map.normed.settle(self.map.distances(*(known[name] for name in taken)) for known in walk)
 
     def _walk(self, normals: FeatureSource) -> Iterator[dict[str, Tensor]]:
         for features in normals.features(SETTLE_BATCH):
@@ -225,13 +235,12 @@ def hidden_channels(channels: tuple[int, int, int]) -> tuple[int, int, int]:
 def wiring_of(switches: Switches) -> Wiring:
     """The stages' tensors; those of a module that is off do not exist."""
     fields = ("g2", "g3") if switches.gse else ()
-    expected = ("expected3",) if switches.gse else ()
     skips = ("f2", "f3") if switches.fcp else ()
     return {
         "teacher": (("image",), LEVELS),
-        "bottleneck": (LEVELS, ("embedding", *fields, *expected, "descriptor")),
-        "student": (("embedding", *fields, *skips), ("d1", "d2", "d3")),
-        "map": ((*LEVELS, "d1", "d2", "d3", *expected), ("anomaly_map", "map_score")),
+        "bottleneck": (LEVELS, ("embedding", *fields, "descriptor")),
+        "student": (("embedding", *fields, *skips), REBUILT),
+        "map": ((*LEVELS, *REBUILT), ("anomaly_map", "map_score")),
     }
 
 

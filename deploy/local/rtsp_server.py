@@ -24,7 +24,6 @@ gi.require_version("GstRtsp", "1.0")
 gi.require_version("GstRtspServer", "1.0")
 from gi.repository import GLib, Gst, GstRtsp, GstRtspServer  # noqa: E402  versions come first
 
-LOOPBACK = "127.0.0.1"
 # The line looks for the same UUID.
 PART_ID = uuid.uuid5(uuid.NAMESPACE_URL, "urn:logicrd:part-id")
 PIPELINE = (
@@ -185,7 +184,8 @@ class Server:
 
     def run(self) -> None:
         """Listen, print the addresses, play until the end, write the report."""
-        self._server.set_address(LOOPBACK)
+        host = self._index["host"]
+        self._server.set_address(host)
         self._server.set_service(str(self._index["port"]))
         self._server.connect("client-connected", self._on_client)
         if self._index["user"] is not None:
@@ -193,12 +193,12 @@ class Server:
         for camera in self._cameras:
             self._server.get_mount_points().add_factory(f"/{camera.name}", self._factory(camera))
         if self._server.attach(None) == 0:
-            raise OSError(f"port {self._index['port']} on {LOOPBACK} is in use; choose another with --port")
+            raise OSError(f"port {self._index['port']} on {host} is in use; choose another with --port")
         for number in (signal.SIGTERM, signal.SIGINT):
             GLib.unix_signal_add(GLib.PRIORITY_HIGH, number, self._loop.quit)
         GLib.timeout_add(200, self._on_tick)
         port = self._server.get_bound_port()
-        addresses = {camera.name: f"rtsp://{LOOPBACK}:{port}/{camera.name}" for camera in self._cameras}
+        addresses = {camera.name: f"rtsp://{host}:{port}/{camera.name}" for camera in self._cameras}
         print(json.dumps({"cameras": addresses, "pid": os.getpid()}), flush=True)
         self._loop.run()
         self._write_report()

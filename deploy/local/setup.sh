@@ -43,6 +43,7 @@ missing_packages() {
     has_java || echo "$(java_package)"
     [ -s "$KAFKA_STAMP" ] || command -v mvn >/dev/null || echo maven
     command -v redis-server >/dev/null || echo redis-server
+    command -v openssl >/dev/null || echo openssl # certificates of the tests
     command -v arv-fake-gv-camera-0.8 >/dev/null || echo aravis-tools
     has_aravis || echo gir1.2-aravis-0.8
     missing_gstreamer

@@ -1,7 +1,8 @@
 """Simulated cameras: encodes pictures to H.264 and becomes the RTSP server that plays them, one address a camera.
 
-Each playlist is a JSON list of {"path": picture, "part_id": text}. Encodes everything first, so that serving costs
-next to nothing, then replaces itself with `rtsp_server.py`, handing it the frames in memory: one process, no file left.
+Each playlist is a JSON list of {"path": picture, "part_id": text}, or a folder of pictures. Encodes everything first,
+so that serving costs next to nothing, then replaces itself with `rtsp_server.py`, handing it the frames in memory: one
+process, no file left.
 Run by `logicrd cameras simulate`, the demo and the tests. It knows nothing of products or verdicts.
 """
 
@@ -26,6 +27,7 @@ import numpy as np
 SERVER = Path(__file__).with_name("rtsp_server.py")
 # The GObject bindings of GStreamer belong to the distribution's own Python.
 SYSTEM_PYTHON = "/usr/bin/python3"
+PICTURES = (".bmp", ".jpeg", ".jpg", ".png")
 KEYFRAME_EVERY = 10
 # No B frames and no lookahead: a frame in is an access unit out. Parameter sets before every keyframe, so that a client
 # may join anywhere. Near lossless as inspection cameras are: crf 18 smooths away noise that models are calibrated on.
@@ -52,7 +54,15 @@ class Frame:
 
 
 def read_playlist(path: Path) -> list[tuple[Path, str]]:
-    """(picture, part id) of each entry; relative pictures are beside the playlist. Raises PlaylistError."""
+    """(picture, part id) of each entry; relative pictures are beside the playlist. Raises PlaylistError.
+
+    A folder is the playlist of its pictures in the order of their names, which are the part ids.
+    """
+    if path.is_dir():
+        pictures = sorted(each for each in path.iterdir() if each.suffix.lower() in PICTURES)
+        if not pictures:
+            raise PlaylistError(f"playlist '{path}': a folder without pictures ({', '.join(PICTURES)})")
+        return [(each, each.stem) for each in pictures]
     try:
         entries = json.loads(path.read_text())
         playlist = [(path.parent / entry["path"], str(entry["part_id"])) for entry in entries]
@@ -108,6 +118,7 @@ def _nal_units(stream: bytes) -> Iterator[tuple[int, bytes]]:
 def serve(cameras: dict[str, list[Frame]], arguments: argparse.Namespace) -> None:
     """Become the server. What it plays goes into an anonymous memory file: length of the index, index, access units."""
     index = {
+        "host": arguments.host,
         "port": arguments.port,
         "rate": [arguments.rate.numerator, arguments.rate.denominator],
         "limit": math.ceil(arguments.seconds * arguments.rate) if arguments.seconds is not None else None,
@@ -135,7 +146,9 @@ def serve(cameras: dict[str, list[Frame]], arguments: argparse.Namespace) -> Non
 def _camera(text: str) -> tuple[str, Path]:
     name, separator, path = text.partition("=")
     if not separator or not name.replace("-", "").replace("_", "").isalnum():
-        raise argparse.ArgumentTypeError(f"'{text}': give NAME=PLAYLIST.json, the name of letters, digits, - and _")
+        raise argparse.ArgumentTypeError(
+            f"'{text}': give NAME=PLAYLIST.json or NAME=FOLDER, the name of letters, digits, - and _"
+        )
     return name, Path(path)
 
 
@@ -153,7 +166,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--camera", type=_camera, action="append", required=True, metavar="NAME=PLAYLIST.json")
     parser.add_argument("--rate", type=Fraction, default=Fraction(10), help="frames a second (default: 10)")
     parser.add_argument("--size", type=_size, default=(640, 480), help="WIDTHxHEIGHT (default: 640x480)")
-    parser.add_argument("--port", type=int, default=0, help="RTSP port on 127.0.0.1 (default: any free one)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=0, help="RTSP port (default: any free one)")
     parser.add_argument("--loop", action="store_true", help="start over; part ids of lap 2 end in ~2, and so on")
     parser.add_argument("--seconds", type=float, help="end each camera after so many seconds of video")
     parser.add_argument("--report", type=Path, help="where to write, at the end, the part ids that were sent")

@@ -50,7 +50,8 @@ def _forward(source: StreamSource | UsbSource, link: Link) -> None:
             try:
                 picture = source.read()
             except FrameError as error:
-                link.say({"kind": "damaged", "text": str(error), "part": [error.part_id, error.part_id_source]})
+                part = [error.part_id, error.part_id_source]
+                link.say({"kind": "damaged", "text": str(error), "reason": error.reason, "part": part})
                 continue
             except SourceError as error:
                 if error.reason == "timeout" and not has_pictures:

@@ -156,6 +156,7 @@ class ChildSource:
                 part_id=part_id,
                 part_id_source=origin,
                 trigger_count=message.get("count"),
+                reason=message.get("reason", "frame_corrupt"),
             )
         if message["kind"] == "end":
             return None

@@ -1,22 +1,38 @@
-"""The part id in the SEI messages of an H.264 stream that another process decodes. Pure; used by `deepstream`.
+"""The part id that a camera stamps its H.264 frames with: an unregistered SEI message (ITU-T H.264 D.1.7). Pure.
 
-FFmpeg finds the messages for `stream.py`; here they are found in the NAL units that come before a picture.
+FFmpeg finds the messages of the frames that it decodes; here they are also found in the NAL units of one that nobody
+decodes, or that another process does. Called by `stream` and `deepstream`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from uuid import UUID
 
-from pipeline.sources.stream import part_id_of
+PART_ID_UUID = UUID("d4616770-2d24-58ba-ac16-6665a1d7737b")
+"""uuid5(NAMESPACE_URL, "urn:logicrd:part-id"): what follows it in the SEI message is the part id in UTF-8."""
+MAX_PART_ID_BYTES = 128
 
 _SEI_UNIT = 6
 _UNREGISTERED = 5
 
 
-def part_id_in(before: bytes) -> str | None:
-    """Find the part id in the NAL units before a picture."""
-    units = (unit for unit in before.split(b"\0\0\1") if unit and unit[0] & 0x1F == _SEI_UNIT)
-    return part_id_of(message for unit in units for message in _unregistered(unit[1:].replace(b"\0\0\3", b"\0\0")))
+def part_id_of(messages: Iterable[bytes]) -> str | None:
+    """Find the part id among a frame's unregistered SEI messages; a text that is no id is no id."""
+    for message in messages:
+        if message[:16] == PART_ID_UUID.bytes and len(message) <= 16 + MAX_PART_ID_BYTES:
+            try:
+                text = message[16:].decode().strip("\0")
+            except UnicodeDecodeError:
+                return None
+            return text if text.isprintable() and text else None
+    return None
+
+
+def part_id_in(units: bytes) -> str | None:
+    """Find the part id in NAL units (Annex B): those of a frame, or those before its picture."""
+    found = (unit for unit in units.split(b"\0\0\1") if unit and unit[0] & 0x1F == _SEI_UNIT)
+    return part_id_of(message for unit in found for message in _unregistered(unit[1:].replace(b"\0\0\3", b"\0\0")))
 
 
 def _unregistered(raw: bytes) -> Iterator[bytes]:

@@ -2,25 +2,25 @@
 
 One packet is read, decoded and converted at a time, on the caller's thread; nothing is buffered beyond what the codec
 needs. A camera's stream is read in a process of its own (`capture`), a file's in the worker (`files`). A camera that
-stamps its frames with the part's serial number in an unregistered SEI message (ITU-T H.264 D.1.7) gives the part id;
-see `PART_ID_UUID`.
+stamps its frames with the part's serial number gives the part id; see `sei`.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
-from uuid import UUID
 
 import av
 import av.error
 from av.video.reformatter import VideoReformatter
 
 from pipeline.errors import FrameError, SourceError
+from pipeline.region import MAX_PIXELS
+from pipeline.sources.sei import part_id_in, part_id_of
 from pipeline.types import Image, Picture
 
 if TYPE_CHECKING:
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-PART_ID_UUID = UUID("d4616770-2d24-58ba-ac16-6665a1d7737b")
-"""uuid5(NAMESPACE_URL, "urn:logicrd:part-id"): what follows it in the SEI message is the part id in UTF-8."""
-MAX_PART_ID_BYTES = 128
-MAX_PIXELS = 64_000_000
-"""A stream that announces larger pictures is refused before one is decoded."""
 
 _REASONS: tuple[tuple[type[Exception], str, str], ...] = (
     (av.error.HTTPUnauthorizedError, "auth_failed", "check `user` and `password_file`"),
@@ -46,8 +41,9 @@ _REASONS: tuple[tuple[type[Exception], str, str], ...] = (
     (av.error.ExitError, "timeout", "check the network and the camera's power"),
     (av.error.ConnectionRefusedError, "unreachable", "check the address, the port, and that the camera is on"),
     (av.error.DecoderNotFoundError, "codec_unsupported", "set the camera to H.264"),
-    (av.error.InvalidDataError, "codec_unsupported", "the stream is cut, empty or of an unknown format"),
+    (av.error.InvalidDataError, "codec_unsupported", "the file is cut, empty or of an unknown format"),
 )
+_NO_STREAM = "check that the address is that of a stream, and that the camera still sends one"
 
 
 class StreamSource:
@@ -67,6 +63,7 @@ class StreamSource:
         # Frames after a damaged one are built upon it, and the decoder does not say so: none counts until a key frame.
         self._damaged = False
         self._empty = True
+        self._has_key_frame = False
         # One for all frames: a converter made anew for each costs time, and memory that is slow to come back.
         self._converter = VideoReformatter()
 
@@ -78,7 +75,7 @@ class StreamSource:
             is_late = time.monotonic() - began_s >= self._timeouts_s[0]
             raise self._lost("cannot be opened", error, is_late=is_late) from None
         self._container = container
-        self._damaged, self._empty = False, True
+        self._damaged, self._empty, self._has_key_frame = False, True, False
         if not container.streams.video:
             container.close()
             raise SourceError(f"{self._shown} has no video stream", reason="codec_unsupported", final=True)
@@ -107,7 +104,11 @@ class StreamSource:
             self._container = None
 
     def read(self) -> Picture | None:
-        """Give the next picture; None at the end. `captured_at` is when the packet arrived, before decoding."""
+        """Give the next picture; None at the end. `captured_at` is when the packet arrived, before decoding.
+
+        A stream that is joined between two key frames begins with frames that show nothing: a FrameError each, with
+        reason `no_key_frame`.
+        """
         while not self._ready:
             packet = self._next_packet()
             if packet is None:
@@ -141,9 +142,24 @@ class StreamSource:
         except av.error.EOFError:
             return
         except (av.error.FFmpegError, ValueError) as error:
+            self._refuse_keyless(packet)
             self._damaged = True
             raise FrameError(f"{self._shown}: a frame cannot be decoded: {error}") from None
+        if frames:
+            self._has_key_frame = True
+        else:
+            self._refuse_keyless(packet)
         self._ready.extend((frame, captured_at, captured_s) for frame in frames)
+
+    def _refuse_keyless(self, packet: Packet[VideoStream]) -> None:
+        """Give up a frame that is built upon a key frame from before this stream was joined: no decoder shows it."""
+        self._has_key_frame = self._has_key_frame or packet.is_keyframe
+        if self._has_key_frame or not packet.size:
+            return
+        part_id = part_id_in(bytes(packet))
+        origin = "sei" if part_id is not None else None
+        text = f"{self._shown}: a frame came before the first key frame"
+        raise FrameError(text, part_id=part_id, part_id_source=origin, reason="no_key_frame")
 
     def _refuse_empty(self) -> None:
         if self._empty and "://" not in self._address:
@@ -151,25 +167,19 @@ class StreamSource:
 
     def _lost(self, what: str, error: Exception, *, is_late: bool) -> SourceError:
         """Map a fault of the library; the message never holds the address with its credentials."""
-        if is_late and isinstance(error, av.error.InvalidDataError):  # FFmpeg's word for a reply that never came
-            error = av.error.TimeoutError(0, "")
         final = "://" not in self._address  # a file does not come back, and from its start it would repeat parts
+        if not final and isinstance(error, av.error.InvalidDataError):  # FFmpeg's word for no answer, or a strange one
+            if is_late:
+                error = av.error.TimeoutError(0, "")
+            elif self._container is None:
+                text = f"{self._shown} {what}: it answers with no stream"
+                return SourceError(text, reason="no_frames", hint=_NO_STREAM)
+            else:
+                return SourceError(f"{self._shown} {what}: it sends no stream any more", reason="lost")
         for kind, reason, hint in _REASONS:
             if isinstance(error, kind):
                 return SourceError(f"{self._shown} {what}: {reason}", reason=reason, hint=hint, final=final)
         return SourceError(f"{self._shown} {what}: {type(error).__name__}", reason="lost", final=final)
-
-
-def part_id_of(messages: Iterable[bytes]) -> str | None:
-    """Find the part id among a frame's unregistered SEI messages; a text that is no id is no id."""
-    for message in messages:
-        if message[:16] == PART_ID_UUID.bytes and len(message) <= 16 + MAX_PART_ID_BYTES:
-            try:
-                text = message[16:].decode().strip("\0")
-            except UnicodeDecodeError:
-                return None
-            return text if text.isprintable() and text else None
-    return None
 
 
 def _messages(frame: VideoFrame) -> Iterator[bytes]:

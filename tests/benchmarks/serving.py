@@ -202,12 +202,13 @@ def _median_stages(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[
     }
 
 
-def report(rounds: Rounds, product: str, has_fused: bool) -> dict[str, Any]:
+def report(rounds: Rounds, product: str, image: tuple[int, ...], has_fused: bool) -> dict[str, Any]:
     """The JSON document. Ratios: ensemble to fused graph; above 1 is better for throughput, worse for latency."""
     ensemble = {f"batch{b}_in_flight{n}": cell.summary() for (b, n), cell in rounds.ensemble.items()}
     document: dict[str, Any] = {
         "machine": machine(),
         "product": product,
+        "image": list(image),
         "rounds": len(rounds.ensemble[CELLS[0]].images_per_s),
         "ensemble": ensemble,
         "stages": {f"batch{batch}": _median_stages(kept) for batch, kept in rounds.stages.items()},
@@ -278,11 +279,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.fused is None:
         for _ in range(arguments.rounds):
             rounds.run(ensemble, None, images, arguments.images)
-        return report(rounds, product, has_fused=False)
+        return report(rounds, product, images.shape[1:], has_fused=False)
     with FusedGraph(arguments.python, arguments.fused, len(os.sched_getaffinity(0))) as fused:
         for _ in range(arguments.rounds):
             rounds.run(ensemble, fused, images, arguments.images)
-    return report(rounds, product, has_fused=True)
+    return report(rounds, product, images.shape[1:], has_fused=True)
 
 
 def _print_table(document: dict[str, Any]) -> None:

@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from line_process import wait_until
+from line_process import children, wait_until
 from reading import reading
 from simulated import SIMULATE, serving, simulation
 
@@ -45,19 +46,6 @@ def write_playlist(folder: Path, colours: range | list[int]) -> Path:
     path = folder / "list.json"
     path.write_text(f"[{', '.join(entries)}]")
     return path
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process started."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
 
 
 def camera_processes() -> list[int]:
@@ -155,6 +143,39 @@ def test_a_frozen_camera_is_lost_and_its_part_not_judged(tmp_path: Path) -> None
     assert [(frame.cause, frame.image) for frame in (first, again)] == [(Cause.CAMERA_LOST, None)] * 2
     assert done.states[:2] == [(CameraState.STREAMING, ""), (CameraState.LOST, "frozen_picture")]
     assert all(frame.cause is None for frame in done.frames[: count - 1])
+
+
+@pytest.mark.parametrize("reply", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["nothing", "http"])
+def test_what_is_no_camera_has_no_frames(reply: bytes) -> None:
+    """Something that closes the connection, or speaks HTTP, is `no_frames`: no codec is to blame."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        with reading(rtsp(f"rtsp://127.0.0.1:{server.getsockname()[1]}/c1")) as done:
+            while not done.states:
+                with suppress(TimeoutError):
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.recv(4096)
+                        connection.sendall(reply)
+    assert done.states[0] == (CameraState.LOST, "no_frames")
+
+
+def test_a_stream_that_is_joined_between_two_key_frames_loses_no_part_in_silence(tmp_path: Path) -> None:
+    """The camera starts to send at its fourth picture, the next key frame is its eleventh: seven parts are told."""
+    playlist = write_playlist(tmp_path, range(20))
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import simulate; from pathlib import Path;"
+        "arguments = simulate._parser().parse_args(['--camera', f'c1={sys.argv[2]}', '--rate', '10']);"
+        "frames = simulate.encode(simulate.read_playlist(Path(sys.argv[2])), 320, 240, arguments.rate);"
+        "head = frames[0].unit[:frames[0].slice_offset];"
+        "fourth = simulate.Frame(frames[3].part_id, head + frames[3].unit, len(head), True);"
+        "simulate.serve({'c1': [fourth, *frames[4:]]}, arguments)"
+    )
+    command = [sys.executable, "-c", program, str(SIMULATE.parent), str(playlist)]
+    with serving(command) as (_, addresses), reading(rtsp(addresses["c1"])) as done:
+        done.wait_for(CameraState.LOST, "stream_ended")
+    assert [frame.part_id for frame in done.frames] == [f"p{number}" for number in range(3, 20)]
+    assert [frame.cause for frame in done.frames] == [Cause.FRAME_CORRUPT] * 7 + [None] * 10
 
 
 def test_a_new_resolution_is_a_frame_like_any_other_unless_its_size_is_set(tmp_path: Path) -> None:

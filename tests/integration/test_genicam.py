@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
-from line_process import wait_until
+from line_process import LineProcess, children, received, wait_until
 from reading import reading
 
 from pipeline.cameras import GenicamCamera
@@ -193,3 +193,34 @@ def test_a_hung_process_is_killed_and_replaced(monkeypatch: pytest.MonkeyPatch) 
         os.kill(pid, signal.SIGSTOP)
         done.wait_for(CameraState.LOST, "timeout")
         done.wait_for(CameraState.STREAMING)
+
+
+@pytest.mark.stack
+@pytest.mark.usefixtures("camera")
+def test_a_gap_in_the_camera_s_counter_is_parts_that_were_missed(stack, line_file, products) -> None:
+    """While the camera's process stands still, the network's packets are lost: the counts that are left out are parts,
+    UNINSPECTED with `trigger_missed`, in their places; the others are judged, and each part has one verdict."""
+    made = line_file(stack, budget_ms=5000)
+    settings = {"address": "127.0.0.1", "rate": 10, "exposure_us": 500, "resend": False, "station": "here"}
+    made.camera(type="genicam", product=products[0], connect_timeout_s=20, read_timeout_s=20, **settings)
+    made.settings["stations"] = [{"name": "here", "trigger": "counter"}]
+    with LineProcess(made.write()) as line:
+        wait_until(lambda: '"camera streaming"' in line.log(), 60, "pictures")
+        (camera_process,) = (pid for server in children(line.pid) for pid in children(server))
+        os.kill(camera_process, signal.SIGSTOP)
+        time.sleep(2.0)
+        os.kill(camera_process, signal.SIGCONT)
+        wait_until(lambda: '"frames missed"' in line.log(), 60, "a gap")
+        summary = line.stop()
+    verdicts = received(stack.endpoints["kafka"], made.name, at_least=summary["triggered"])
+    numbers = [int(part_id.rpartition("-")[2]) for part_id in verdicts.parts]
+    assert numbers == list(range(1, summary["triggered"] + 1))
+    assert (verdicts.duplicates, verdicts.in_order()) == (0, True)
+    data = [event["data"] for event in verdicts.events]
+    missed = [each for each in data if each["reasonCodes"] == ["trigger_missed"]]
+    assert {(each["verdict"], each["partIdSource"]) for each in missed} == {("UNINSPECTED", "counter")}
+    assert missed[0]["missingViews"] == [{"cameraId": "cam-1", "required": True, "cause": "trigger_missed"}]
+    assert data[0]["views"][0]["triggerCount"] == 1
+    assert data[-1]["views"][0]["triggerCount"] == len(data)
+    (station,) = summary["stations"]
+    assert station["triggered"] == sum(station["judgements"].values()) == len(data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from dataclasses import replace
 from datetime import datetime
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -19,23 +21,23 @@ import pytest
 import yaml
 from kafka import KafkaProducer
 from line_process import LineProcess, received, wait_until
+from simulated import simulation
 
 from pipeline.pool import SESSION_S
 from pipeline.servers import Kafka
 from pipeline.tail import VerdictReader
 
 pytestmark = pytest.mark.stack
+MODELS = Path(__file__).resolve().parents[2] / "models_repo"
 
 
 @pytest.fixture
 def pool(stack, line_file, products, tmp_path):
-    """An empty pool named after the test, the files of two workers, and a folder of pictures."""
+    """An empty pool named after the test, the files of two workers and of one in another pool, a folder of pictures."""
     made = Pool(stack.endpoints["kafka"], products[0], tmp_path, line_file)
-    for worker in ("a", "b"):
+    for worker, name in (("a", made.name), ("b", made.name), ("other", made.other)):
         (tmp_path / worker).mkdir()
-        made.files[worker] = replace(
-            line_file(stack, pool={"name": made.name, "capacity": 40}), folder=tmp_path / worker
-        )
+        made.files[worker] = replace(line_file(stack, pool={"name": name, "capacity": 40}), folder=tmp_path / worker)
     yield made
     made.apply([], "--prune")
 
@@ -46,6 +48,7 @@ class Pool:
     def __init__(self, kafka, product, folder, line_file):
         self.kafka, self.product, self.folder = kafka, product, folder
         self.name = line_file(None).name
+        self.other = f"{self.name[:50]}-other"
         self.files: dict[str, Any] = {}
         self.pictures = folder / "pictures"
         self.pictures.mkdir()
@@ -69,11 +72,18 @@ class Pool:
         """`logicrd cameras apply`; gives the changes."""
         path = self.folder / "cameras.yaml"
         path.write_text(yaml.safe_dump(cameras))
+        return self._command("apply", str(path), *options)["changes"]
+
+    def listed(self):
+        """`logicrd cameras list`, as a worker of the first pool asks: by camera."""
+        return {row["id"]: row for row in self._command("list")}
+
+    def _command(self, *words):
         line = self.files["a"].write()
-        command = [sys.executable, "-m", "pipeline.cli", "cameras", "apply", str(path), "-c", str(line), "--json"]
-        answer = subprocess.run([*command, *options], capture_output=True, text=True, timeout=60, check=False)
+        command = [sys.executable, "-m", "pipeline.cli", "cameras", *words, "-c", str(line), "--json"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert answer.returncode == 0, answer.stderr
-        return json.loads(answer.stdout)["changes"]
+        return json.loads(answer.stdout)
 
     def worker(self, name):
         return LineProcess(self.files[name].write())
@@ -219,6 +229,59 @@ def test_a_camera_that_is_set_anew_goes_on_under_new_names(pool, products):
     numbers = [data["views"][0]["frameId"] for data in verdicts]
     assert numbers == list(range(1, len(numbers) + 1))
     assert [data["sequence"] for data in verdicts] == numbers
+
+
+def test_a_camera_that_is_moved_to_another_pool_is_read_there_alone(pool, tmp_path):
+    """One `cameras apply`: the old worker ends it, the other pool's worker goes on, and no part has two verdicts.
+
+    `cameras list` names its pool, worker and state before and after; the verdicts name the pool whose epoch they bear.
+    """
+    playlist = tmp_path / "list.json"
+    playlist.write_text(json.dumps([{"path": f"pictures/{n}.png", "part_id": f"p{n}"} for n in range(3)]))
+    with simulation({"c": playlist}, tmp_path, "--rate", "2", "--loop") as cameras:
+        camera = {"id": f"{pool.name}.1", "type": "rtsp", "url": cameras.addresses["c"], "product": pool.product}
+        here, there = ({**camera, "station": "s", "pool": name} for name in (pool.name, pool.other))
+        pool.apply([here])
+        with pool.worker("a") as first, pool.worker("other") as second:
+            wait_until(lambda: '"camera streaming"' in first.log(), 60, "a camera that is read")
+            row = pool.listed()[camera["id"]]
+            before = row["worker"]
+            assert (row["pool"], row["state"]) == (pool.name, "streaming")
+            assert [change["change"] for change in pool.apply([there])] == ["changed"]
+            wait_until(lambda: '"camera streaming"' in second.log(), 60, "a camera that is read by the other worker")
+            row = pool.listed()[camera["id"]]
+            assert (row["pool"], row["state"]) == (pool.other, "streaming")
+            assert row["worker"] != before
+            summaries = first.stop(), second.stop()
+            assert '"reason": "removed"' in first.log()
+    verdicts = pool.verdicts()
+    assert len(verdicts) == sum(summary["triggered"] for summary in summaries)
+    assert [len({data[key] for data in verdicts}) for key in ("partId", "inspectionId")] == [len(verdicts)] * 2
+    by_pool = {data["pool"]: data["worker"] for data in verdicts}
+    assert (by_pool[pool.name], by_pool[pool.other]) == (before, row["worker"])
+    assert all(data["epoch"] > 0 for data in verdicts)
+
+
+def test_a_product_that_comes_later_is_judged_without_a_restart(pool, tmp_path):
+    """Its camera is refused as long as the repository lacks it, and read once it is there and Triton serves it."""
+    models = tmp_path / "models"
+    for manifest in MODELS.glob("*/manifest.json"):
+        (models / manifest.parent.name).mkdir(parents=True)
+    first, second = (tmp_path / "models" / path.parent.name for path in sorted(MODELS.glob("*/manifest.json"))[:2])
+    shutil.copy(MODELS / second.name / "manifest.json", second)
+    pool.files["a"].settings["triton"] = {"models_repo": str(models)}
+    pool.apply([pool.camera(1, product=first.name, rate=1.0)])
+    with pool.worker("a") as line:
+        wait_until(lambda: '"product_unknown"' in line.log(), 60, "a camera that is refused")
+        (first / "manifest.json").write_text("{")
+        wait_until(lambda: '"new product not judged yet"' in line.log(), 60, "a product that is no good")
+        shutil.copy(MODELS / first.name / "manifest.json", first)
+        wait_until(lambda: '"camera streaming"' in line.log(), 60, "the camera is read")
+        summary = line.stop()
+    assert summary["triggered"] == summary["acknowledged"] > 0
+    data = pool.verdicts()[0]
+    assert (data["productId"], data["model"]["name"]) == (first.name, first.name)
+    assert data["threshold"] is not None
 
 
 def test_a_worker_goes_on_reading_while_kafka_is_away(pool, stack):

@@ -37,6 +37,7 @@ ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "models_repo"
 STACK = ROOT / "deploy/local/stack.py"
 PRODUCT = "fastener-tray"
+OTHER = "cable-set"
 IN_FLIGHT = 2
 
 
@@ -96,8 +97,9 @@ def stranger(tmp_path: Path) -> Iterator[Server]:
 class Load:
     """Batches of one picture each, two under way, for as long as the block lasts; keeps what came back."""
 
-    def __init__(self, client: InferenceClient, budget_s: float = 60.0) -> None:
+    def __init__(self, client: InferenceClient, budget_s: float = 60.0, product: str = PRODUCT) -> None:
         self.sent = 0
+        self._product = product
         self.answers: list[Inference] = []
         self._client = client
         self._budget_s = budget_s
@@ -124,7 +126,7 @@ class Load:
         while not self._stop.is_set():
             if self._slots.acquire(timeout=0.2):
                 self.sent += 1
-                self._client.submit(Batch(PRODUCT, (self._frame(),)), self._take)
+                self._client.submit(Batch(self._product, (self._frame(),)), self._take)
 
     def _take(self, inferences: list[Inference]) -> None:
         self.answers += inferences
@@ -135,18 +137,19 @@ class Load:
         deadline_s = now_s + self._budget_s
         name = f"part-{self.sent}"
         return Frame(
-            "c", "s", PRODUCT, self.sent, name, "file", datetime.now(UTC), now_s, deadline_s, image=self._image
+            "c", "s", self._product, self.sent, name, "file", datetime.now(UTC), now_s, deadline_s, image=self._image
         )
 
 
 class Service:
     """A client of the addresses that a name stands for at the moment."""
 
-    def __init__(self, *addresses: str) -> None:
+    def __init__(self, *addresses: str, optional: tuple[str, ...] = ()) -> None:
+        self.optional = optional
         self.addresses = list(addresses)
         self.metrics = Metrics()
         settings = TritonSettings(address="triton:8001", resolve_interval_s=0.5, startup_timeout_s=60)
-        manifests = {PRODUCT: read_manifest(MODELS, PRODUCT)}
+        manifests = {product: read_manifest(MODELS, product) for product in (PRODUCT, *optional)}
         self.client = InferenceClient(
             settings, manifests, metrics=self.metrics, health=Health(), resolve=lambda _: list(self.addresses)
         )
@@ -163,10 +166,10 @@ def service() -> Iterator[Callable[..., Service]]:
     """Start a client of these addresses; closed at the end."""
     started: list[Service] = []
 
-    def start(*addresses: str) -> Service:
-        made = Service(*addresses)
+    def start(*addresses: str, optional: tuple[str, ...] = ()) -> Service:
+        made = Service(*addresses, optional=optional)
         started.append(made)
-        made.client.start()
+        assert made.client.start(optional=optional) == []
         return made
 
     yield start
@@ -219,6 +222,23 @@ def test_a_new_replica_gets_its_share_and_a_removed_one_is_left(stack, second, s
         wait_until(lambda: made.count("requests", first) == 0, 60, "the removed one's channel closed")
         load.wait_for(8)
         assert made.count("requests", first) == 0
+    assert [answer.cause for answer in load.answers if answer.cause is not None] == []
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["last", "first"])
+def test_a_replica_that_lacks_what_another_serves_is_not_used(stack, second, service, order):
+    """A pool's worker takes every product that one replica serves: one without it is left, whoever was asked first.
+
+    The product is judged; no batch of it is lost to the replica that lacks it.
+    """
+    addresses = [stack.endpoints["triton"], second.address][::order]
+    made = service(*addresses, optional=(OTHER,))
+    with Load(made.client, product=OTHER) as load:
+        load.wait_for(4)
+        wait_until(lambda: made.up() == 1, 60, "the replica that lacks it set aside")
+        before = made.count("requests", second.address)
+        load.wait_for(4)
+        assert made.count("requests", second.address) == before
     assert [answer.cause for answer in load.answers if answer.cause is not None] == []
 
 

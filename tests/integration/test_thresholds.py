@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 import time
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import structlog
 import yaml
+from line_process import LineProcess, received
 from redis_server import RedisServer, make_certificates
 
+from pipeline import cli, limits
+from pipeline.cli_thresholds import threshold_doubts
 from pipeline.errors import CheckError, ConfigError, DependencyError
 from pipeline.health import Health
 from pipeline.limits import Change
@@ -277,6 +285,17 @@ def test_fields_that_nobody_asked_for_do_no_harm(server, store_of, manifest, wat
         store_of("anna").get(product)
 
 
+def test_a_row_of_nines_ends_no_product(server, store_of, manifest, watching):
+    """After the highest version that can be counted on from, limits still come into force."""
+    product, anna = manifest.product, store_of("anna")
+    anna.write([change(manifest, 7.5)], author="Anna")
+    with watching(refresh_s=600) as cache:
+        spoil(server, KEY + product, {"version": "9" * 14})
+        for ng in (8.5, 9.5):
+            anna.write([change(manifest, ng)], author="Anna")
+            until(lambda ng=ng: cache.get(product).ng == ng)
+
+
 @pytest.mark.parametrize("kind", ["string", "list", "set"])
 def test_a_key_of_another_type_is_healed(server, store_of, manifest, watching, kind):
     """A key that is no hash costs that product its record and nobody the line; `set` replaces it."""
@@ -361,6 +380,21 @@ def test_a_restarted_redis_is_followed_again(tmp_path, manifest):
             server.start()
             anna.write([change(manifest, 8.5)], author="Anna")
             until(lambda: cache.get(manifest.product).ng == 8.5)
+
+
+def test_a_redis_that_hangs_is_missed_within_seconds(server, store_of, manifest, watching):
+    """It takes connections and says nothing: the last good limits hold, and a start takes them from disk."""
+    product = manifest.product
+    store_of("anna").write([change(manifest, 7.5)], author="Anna")
+    with watching(refresh_s=0.2) as cache:
+        os.kill(server.process.pid, signal.SIGSTOP)
+        try:
+            until(lambda: cache.get(product).source is ThresholdSource.CACHE)
+            with watching() as another:
+                assert (another.get(product).ng, another.get(product).source) == (7.5, ThresholdSource.FILE)
+        finally:
+            os.kill(server.process.pid, signal.SIGCONT)
+        until(lambda: cache.get(product).source is ThresholdSource.REDIS)
 
 
 def test_an_older_versions_record_and_snapshot_are_read(server, store_of, manifest, watching, tmp_path):
@@ -449,10 +483,8 @@ def test_a_server_may_ask_for_a_client_certificate(tmp_path, certificates):
             asked(tls(server, certificates, **own | {"key_file": str(certificates.other_key)}))
 
 
-def test_limits_travel_in_a_file(server, store_of, manifest, tmp_path):
+def test_limits_travel_in_a_file(server, store_of, manifest):
     """An export imported on what it came from changes nothing; what a backup lost comes back above its own version."""
-    from pipeline import limits
-
     product, anna = manifest.product, store_of("anna")
     anna.write([change(manifest, 7.5, 5.0, reason="ünïcode: yes")], author="Anna")
     anna.write([change(manifest, 8.5, 5.0)], author="Anna")
@@ -463,3 +495,136 @@ def test_limits_travel_in_a_file(server, store_of, manifest, tmp_path):
     (lost,) = limits.plan(document, "file", {product: anna.get(product)}, manifests)
     assert anna.write([lost], author="Anna", action="import")[0].version == 3
     assert anna.get(product)["ng"] == "8.5"
+
+
+@pytest.fixture
+def logicrd(monkeypatch, capsys):
+    """Run the command, in this process, as a shell would; gives exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["logicrd", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        return caught.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def answered(logicrd):
+    """Run the command, which has to succeed; gives its JSON."""
+
+    def run(*arguments):
+        code, out, err = logicrd(*arguments, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return run
+
+
+@pytest.fixture
+def line_of(server, line_file):
+    """Write the line file of an engineer, on this file's Redis."""
+
+    def write(user, stack=None, **settings):
+        made = line_file(stack, redis=server.settings(user), **settings)
+        return made.camera(type="folder", path=".", product="cable-set").write().rename(made.folder / f"{user}.yaml")
+
+    return write
+
+
+def test_the_commands_tell_the_story_of_a_limit(server, line_of, logicrd, answered, tmp_path):
+    """Set, rolled back, exported, lost, imported: each step has an author and a version, and none is given twice."""
+    path = line_of("anna")
+    told = ("-c", path, "--author", "Anna", "--reason")
+    answered("thresholds", "set", "cable-set", "--ng", "7.5", "--review", "5", *told, "first")
+    answered("thresholds", "set", "cable-set", "--ng", "8.5", *told, "second")
+    row = answered("thresholds", "rollback", "cable-set", *told, "overkill was better")["after"]
+    assert (row["ng"], row["review"], row["version"]) == ("7.5", "5.0", "3")
+    assert row["reason"] == "rollback to version 1: overkill was better"
+    assert logicrd("thresholds", "export", "-c", path, "--out", tmp_path / "limits.yaml")[0] == 0
+    again = ("thresholds", "import", tmp_path / "limits.yaml", "-c", path, "--author", "Ben")
+    assert answered(*again)["changes"] == []
+    server.admin().flushall()
+    assert len(answered(*again, "--dry-run")["changes"]) == 1
+    assert answered("thresholds", "get", "cable-set", "-c", path)["source"] == "manifest"
+    assert answered(*again)["changes"][0]["version"] == "4"
+    answered("thresholds", "set", "cable-set", "--ng", "9", *told, "third")
+    code, _, err = logicrd(*again)
+    assert (code, "version 3, Redis has version 5" in err) == (5, True)
+    history = answered("thresholds", "history", "cable-set", "-c", path)
+    assert [(each["version"], each["action"], each["updated_by"]) for each in history] == [
+        ("5", "set", "Anna"),
+        ("4", "import", "Ben"),
+    ]
+
+
+def test_the_commands_keep_the_two_person_rule(line_of, logicrd, answered):
+    """`set` says that it only proposes and how to approve; the proposer is refused with exit 5, a second person not."""
+    anna, ben, quinn = (line_of(user) for user in ("anna", "ben", "quinn"))
+    code, _, err = logicrd("thresholds", "policy", "--one-person", "-c", anna)
+    assert (code, "lacks a right" in err) == (4, True)
+    rule = answered("thresholds", "policy", "--two-person", "--people", "users", "--expiry-h", "2", "-c", quinn)
+    assert rule == {"approvals": 2, "expiry_s": 7200, "people": "users"}
+    _, out, _ = logicrd("thresholds", "set", "cable-set", "--ng", "7.5", "--author", "Anna", "-c", anna)
+    (waiting,) = answered("thresholds", "proposals", "-c", ben)
+    assert f"logicrd thresholds approve cable-set {waiting['id']}" in out
+    approve = ("thresholds", "approve", "cable-set", waiting["id"], "--author")
+    assert logicrd(*approve, "Ben", "-c", anna)[0] == 5
+    assert logicrd(*approve, "Anna", "-c", ben)[0] == 5
+    row = answered(*approve, "Ben", "-c", ben)
+    assert (row["ng"], row["updated_by"], row["approved_by"], row["version"]) == ("7.5", "Anna", "Ben", "1")
+    assert answered("thresholds", "proposals", "-c", ben) == []
+
+
+def test_a_record_that_is_not_used_is_shown_as_such(server, line_of, store_of, manifest, answered):
+    """`get`, `list` and `check` say what a line would take, and why it is not what Redis holds."""
+    path = line_of("anna")
+    answered("thresholds", "set", "cable-set", "--ng", "7.5", "-c", path)
+    spoil(server, f"{KEY}cable-set", {"ng": "nan"})
+    (row,) = answered("thresholds", "list", "-c", path)
+    assert (row["source"], row["version"]) == ("manifest", 0)
+    assert "ng='nan'" in row["reason"]
+    (doubt,) = threshold_doubts(store_of("line"), [manifest])
+    assert "threshold of cable-set: not a threshold: ng='nan'" in doubt
+    answered("thresholds", "rollback", "cable-set", "--to", "1", "-c", path)
+    assert threshold_doubts(store_of("line"), [manifest]) == []
+    assert answered("thresholds", "get", "cable-set", "-c", path)["ng"] == "7.5"
+
+
+@pytest.mark.stack
+def test_a_preview_and_a_suggestion_know_the_parts_of_the_past(stack, line_file, answered, tmp_path):
+    """Of parts that a real line judged: `--dry-run` names exactly those that flip, `suggest` takes their scores."""
+    made = line_file(stack)
+    rng = np.random.default_rng(3)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(16):
+        grain = rng.integers(0, 255, (4 + number, 16, 3), dtype=np.uint8)
+        cv2.imwrite(str(pictures / f"part-{number:02}.png"), cv2.resize(grain, (256, 256)))
+    path = made.camera(type="folder", path=str(pictures), product="cable-set").write()
+    with LineProcess(path) as line:
+        line.wait()
+    events = received(stack.endpoints["kafka"], made.name, at_least=16).events
+    scores = {event["data"]["partId"]: event["data"]["views"][0]["scores"]["fused"] for event in events}
+    ordered = sorted(scores.values())
+    middle = (ordered[9] + ordered[10]) / 2
+    found = answered("thresholds", "set", "cable-set", "--ng", middle, "--dry-run", "-c", path)
+    own = read_manifest(MODELS, "cable-set").calibration.thresholds
+
+    def said(score, ng, review):
+        return "NG" if score >= ng else "REVIEW" if score >= review else "OK"
+
+    flips = {part: (said(score, own.ng, own.review), said(score, middle, middle)) for part, score in scores.items()}
+    expected = {part: pair for part, pair in flips.items() if pair[0] != pair[1]}
+    assert {flip["part_id"]: (flip["before"], flip["after"]) for flip in found["flips"]} == expected
+    assert (found["parts"], found["flipped"], found["incomparable"]) == (16, len(expected), 0)
+    assert expected
+    assert answered("thresholds", "get", "cable-set", "-c", path)["source"] == "manifest"
+    truth = [f"{part},{'good' if score < middle else 'bad'}" for part, score in scores.items()]
+    (tmp_path / "truth.csv").write_text("\n".join(["partId,truth", *truth, "unknown-part,good"]))
+    told = answered("thresholds", "suggest", "cable-set", "--reviewed", tmp_path / "truth.csv", "-c", path)
+    assert (told["parts"], told["without_score"]) == (16, 1)
+    assert ordered[9] < told["ng"] <= ordered[10]
+    assert told["forecast"]["misses"]["count"] == 0

@@ -17,6 +17,11 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     return 1 - dot / norms.clamp_min(1e-8)
 
 
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Mean square of the difference over channels at each position: (B, C, H, W) twice to (B, 1, H, W)."""
+    return (a - b).square().mean(dim=1, keepdim=True)
+
+
 def distillation_loss(features: Sequence[Tensor], rebuilt: Sequence[Tensor]) -> Tensor:
     """Sum over levels of the batch mean of 1 - cosine of the whole flattened tensors: the official code's loss.
 

@@ -29,7 +29,7 @@ class Smoothing(nn.Module):
         self.register_buffer("matrix", smoothing_matrix(side), persistent=False)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        """Maps (B, 1, h, w) to (B, maps, side, side)."""
+        """Any number of maps a level, (B, n, h, w) each, to (B, maps, side, side)."""
         size = (self.side, self.side)
         grown = [F.interpolate(level, size=size, mode="bilinear", align_corners=False) for level in levels[1:]]
         return torch.matmul(torch.matmul(self.matrix, torch.cat([levels[0], *grown], dim=1)), self.matrix.t())

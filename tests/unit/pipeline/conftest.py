@@ -21,8 +21,10 @@ import pytest
 import structlog
 import yaml
 from hypothesis import settings
+from parts_bench import Bench
 
 from pipeline.manifest import Manifest
+from pipeline.stations import Station
 from pipeline.types import (
     Frame,
     Inference,
@@ -154,6 +156,12 @@ def make_part(make_view: Callable[..., ViewVerdict]) -> Callable[..., PartVerdic
         return replace(made, **fields)
 
     return make
+
+
+@pytest.fixture
+def bench(make_frame: Callable[..., Frame], make_view: Callable[..., ViewVerdict]) -> Callable[..., Bench]:
+    """Give the parts of station s1, set to these keys of a `Station`; without any, each frame is a part."""
+    return lambda **plan: Bench(make_frame, make_view, Station(name="s1", **plan) if plan else None)
 
 
 @pytest.fixture

@@ -150,6 +150,17 @@ def test_suspicion_asks_once_in_a_while():
     assert probes <= 2 * 20 / SUSPICION_PERIOD_S
 
 
+def test_all_under_suspicion_stay_in_use_until_they_are_probed():
+    """Each replica in use is due, and gets batches meanwhile; what is found then holds."""
+    balance, a, b = balance_of("a", "b")
+    balance.suspect_all(3.0)
+    assert balance.due(3.0) == balance.up == [a, b]
+    assert served(balance, 4) == {"a": 2, "b": 2}
+    balance.found(a, Finding.FAILED, "lacks a product", 3.1)
+    balance.found(b, Finding.GOOD, "", 3.1)
+    assert (balance.up, balance.due(3.1)) == ([b], [])
+
+
 @pytest.mark.parametrize(("others", "standing"), [(["b"], Standing.ASIDE), ([], Standing.UP)])
 def test_slow_is_better_than_none(others, standing):
     """A replica whose canary is late is set aside when there is another one, and kept when it is the last."""

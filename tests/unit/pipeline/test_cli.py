@@ -42,6 +42,11 @@ def logicrd(monkeypatch, capsys):
         ["bench"],
         ["bench", "nonsense"],
         ["thresholds", "set"],
+        ["thresholds", "approve", "tray"],
+        ["thresholds", "suggest", "tray", "--false-alarms-per-hour", "1"],
+        ["thresholds", "suggest", "tray", "--parts-per-hour", "nan"],
+        ["thresholds", "policy", "--people", "everybody"],
+        ["thresholds", "policy", "--two-person", "--expiry-h", "nan"],
         ["verdicts", "tail", "--verdict", "MAYBE"],
     ],
 )
@@ -91,6 +96,12 @@ def test_a_camera_of_a_wrong_product_is_exit_3(logicrd, line_file, models_repo):
         (["thresholds", "get", "tray"], "Redis at redis://127.0.0.1:9/0"),
         (["thresholds", "set", "tray", "--ng", "1"], "Redis at redis://127.0.0.1:9/0"),
         (["thresholds", "history", "tray"], "Redis at redis://127.0.0.1:9/0"),
+        (["thresholds", "rollback", "tray"], "Redis at redis://127.0.0.1:9/0"),
+        (["thresholds", "set", "tray", "--ng", "1", "--dry-run"], "Redis at redis://127.0.0.1:9/0"),
+        (["thresholds", "export"], "Redis at redis://127.0.0.1:9/0"),
+        (["thresholds", "policy", "--two-person"], "Redis at redis://127.0.0.1:9/0"),
+        (["thresholds", "proposals"], "Redis at redis://127.0.0.1:9/0"),
+        (["thresholds", "approve", "tray", "0"], "Redis at redis://127.0.0.1:9/0"),
         (["verdicts", "tail"], "Kafka at 127.0.0.1:9"),
     ],
 )
@@ -236,8 +247,8 @@ def test_cameras_are_listed_with_their_last_state(logicrd, line_file, monkeypatc
 def test_the_state_of_the_worker_in_charge_is_listed(logicrd, line_file, monkeypatch):
     """What a worker says that has lost a camera and not heard of it does not count, until the pool is counted anew."""
 
-    def event(camera, state, epoch, minute):
-        data = {"cameraId": camera, "state": state, "reason": "", "worker": "w1", "epoch": epoch}
+    def event(camera, state, epoch, minute, pool="hall-1"):
+        data = {"cameraId": camera, "state": state, "reason": "", "worker": "w1", "epoch": epoch, "pool": pool}
         return {"attributes": {"source": "/site/area/l1", "time": f"2026-11-25T00:{minute:02}:00.000Z"}, "data": data}
 
     events = [event("c1", "streaming", 7, 1), event("c1", "lost", 6, 2)]
@@ -247,3 +258,84 @@ def test_the_state_of_the_worker_in_charge_is_listed(logicrd, line_file, monkeyp
     assert json.loads(logicrd("cameras", "list", "--json", "--config", line_file())[1])[0]["state"] == "streaming"
     events.append(event("c1", "ended", 1, 30))
     assert json.loads(logicrd("cameras", "list", "--json", "--config", line_file())[1])[0]["state"] == "ended"
+
+
+def test_limits_are_suggested_from_reviewed_parts(logicrd, line_file, models_repo, tmp_path):
+    """With scores in the file neither Kafka nor Redis is asked; false alarms an hour are those of the rate."""
+    assert models_repo.is_dir()
+    rows = [f"p{number},good,{number / 100}" for number in range(200)] + ["q1,bad,5", "q2,bad,1.5"]
+    (tmp_path / "reviewed.csv").write_text("\n".join(["partId,truth,score", *rows]))
+    command = ["thresholds", "suggest", "tray", "--reviewed", tmp_path / "reviewed.csv", "--parts-per-hour", "600"]
+    code, out, _ = logicrd(*command, "--false-alarms-per-hour", "6", "--json", "-c", line_file())
+    found = json.loads(out)
+    assert (code, found["source"], found["parts"], found["without_score"]) == (0, "reviewed parts", 202, 0)
+    assert (found["ng"], found["review"]) == (1.975, 1.895)
+    alarms = found["forecast"]["false_alarms"]
+    assert (alarms["count"], alarms["of"]) == (2, 200)
+    assert alarms["expected_per_hour"] == pytest.approx(600 * 2.5 / 201)
+    assert alarms["low_per_hour"] < alarms["expected_per_hour"] < alarms["high_per_hour"]
+    assert (found["forecast"]["misses"]["count"], found["forecast"]["misses"]["of"]) == (1, 2)
+    code, out, _ = logicrd(*command, "-c", line_file())
+    assert code == 0
+    assert "good parts that are NG" in out
+    assert "an hour" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("", "no columns"), ("partId,truth\na,maybe\n", "line 2: truth"), (None, "No such file")]
+)
+def test_wrong_reviewed_parts_are_exit_3(logicrd, line_file, models_repo, tmp_path, text, told):
+    """A file that is no list of parts is refused with its line."""
+    assert models_repo.is_dir()
+    path = tmp_path / "reviewed.csv"
+    if text is not None:
+        path.write_text(text)
+    code, out, err = logicrd("thresholds", "suggest", "tray", "--reviewed", path, "-c", line_file())
+    assert (code, out) == (3, "")
+    assert told in err
+
+
+@pytest.mark.parametrize(
+    ("redis", "told"),
+    [
+        ({"url": "redis://h:1/0", "ca_file": "ca.pem"}, "rediss://"),
+        ({"url": "rediss://h:1/0", "certificate_file": "c.pem"}, "go together"),
+        ({"url": "redis://h:1/0?password=secret"}, "do not belong in the address"),
+        ({"url": "rediss://h:1/0?ssl_cert_reqs=none"}, "do not belong in the address"),
+        ({"url": "redis://me:secret@h:1/0"}, "credentials"),
+        ({"url": "rediss://h:1/0", "ca_file": "none.pem"}, "none.pem is not there"),
+        ({"url": "redis://h:1/0", "user": "a b"}, "redis.user"),
+    ],
+)
+def test_settings_of_redis_that_cannot_be_meant_are_exit_3(logicrd, line_file, redis, told):
+    """TLS files without TLS, half a pair, settings in the address: refused before a connection, no secret shown."""
+    code, out, err = logicrd("config", "show", "-c", line_file(redis=redis))
+    assert (code, out) == (3, "")
+    assert told in err
+    assert "secret" not in err
+
+
+def test_a_camera_that_went_to_another_pool_is_listed_as_that_pool_tells(logicrd, line_file, monkeypatch):
+    """Its epoch is counted by itself, and may be lower: the later word holds. Cameras of pools stand below the file's.
+
+    A record that is no camera is listed by its name.
+    """
+
+    def event(state, epoch, minute, pool):
+        data = {"cameraId": "p1", "state": state, "reason": "", "worker": f"w-{pool}", "epoch": epoch, "pool": pool}
+        return {"attributes": {"source": "/site/area/l1", "time": f"2026-11-25T00:{minute:02}:00.000Z"}, "data": data}
+
+    topic = Topic()
+    topic.read_to_end = lambda: iter([event("ended", 7, 1, "hall-1"), event("streaming", 2, 2, "hall-2")])
+    monkeypatch.setattr("pipeline.tail.VerdictReader", topic)
+    record = {"pool": "hall-2", "id": "p1", "type": "folder", "product": "tray", "path": "/p", "station": "s"}
+    table = {(3, "p1"): json.dumps(record).encode(), (1, "bad"): b"{"}
+    monkeypatch.setattr("pipeline.pool.PoolTopic.read", lambda _: (table, 4))
+    code, out, _ = logicrd("cameras", "list", "--json", "--config", line_file(pool={"name": "hall-1"}))
+    assert code == 0
+    told = [[camera.get(key) for key in ("id", "pool", "state", "worker")] for camera in json.loads(out)]
+    assert told == [
+        ["c1", None, "never reported", None],
+        ["bad", "", "never reported", None],
+        ["p1", "hall-2", "streaming", "w-hall-2"],
+    ]

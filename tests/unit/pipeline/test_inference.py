@@ -193,6 +193,23 @@ class Replica:
         pass
 
 
+def test_a_product_is_learned_once_every_replica_in_use_serves_it(client, make_manifest, monkeypatch):
+    """One that lacks it is named; from then on every replica has to serve it, and answers are read by its manifest."""
+    lid = make_manifest(product="lid")
+    assert client.learn(lid) == "no replica of Triton is in use"
+    replicas = [
+        (SimpleNamespace(address="10.0.0.1:1"), Replica("tray", "lid")),
+        (SimpleNamespace(address="10.0.0.2:1"), Replica("tray")),
+    ]
+    monkeypatch.setattr(client._pool, "in_use", lambda: replicas)
+    assert client.learn(lid).startswith("Triton at 10.0.0.2:1: does not serve product 'lid'")
+    assert client._probe(Replica("tray"))[0] is Finding.GOOD
+    replicas.pop()
+    assert client.learn(lid) == ""
+    assert client._probe(Replica("tray"))[0] is Finding.FAILED
+    assert client._probe(Replica("tray", "lid"))[0] is Finding.GOOD
+
+
 def test_a_product_that_another_replica_serves_may_not_be_lacking(make_manifest, monkeypatch):
     """Of the optional products one that nobody serves is left out; one that somebody serves is asked of all."""
     manifests = {name: make_manifest(product=name) for name in ("must", "some", "none")}
@@ -204,7 +221,10 @@ def test_a_product_that_another_replica_serves_may_not_be_lacking(make_manifest,
         assert client._probe(Replica("must", "some"))[0] is Finding.GOOD
 
     monkeypatch.setattr(client._pool, "start", start)
+    again = []
+    monkeypatch.setattr(client._pool, "probe_again", lambda: again.append(True))
     assert client.start(optional=["some", "none"]) == ["none"]
+    assert again == [True]
     assert client._probe(Replica("must"))[0] is Finding.FAILED
     assert client._probe(Replica("must", "some"))[0] is Finding.GOOD
     client.close()

@@ -95,6 +95,27 @@ def test_every_address_of_a_name_is_used(make_pool):
     assert service.up() == 2
 
 
+def test_each_replica_in_use_adds_its_room(make_pool):
+    """`max_in_flight` is a replica's: with two of them twice as many batches are under way, with none there is no wait.
+
+    Whoever waits for room goes on as soon as a batch is answered.
+    """
+    service = Service(**{"10.0.0.1:1": Finding.GOOD})
+    pool = make_pool(service, max_in_flight=2)
+    assert pool.wait_for_room(0.0)
+    pool.start()
+    one, _ = pool.take()
+    assert pool.wait_for_room(0.0)
+    pool.take()
+    assert not pool.wait_for_room(0.0)
+    service.findings["10.0.0.2:1"] = Finding.GOOD
+    assert pool.wait_for_room(20.0)
+    assert [pool.take()[0].address for _ in range(2)] == ["10.0.0.2:1"] * 2
+    assert not pool.wait_for_room(0.0)
+    threading.Timer(0.1, pool.give_back, (one, None, ""), {"first_try": True}).start()
+    assert pool.wait_for_room(20.0)
+
+
 def test_a_new_address_is_used_and_a_lost_one_is_left(make_pool):
     """The name changes its addresses while the line runs: the next look-up holds, metrics and channels follow."""
     service = Service(**{"10.0.0.1:1": Finding.GOOD})

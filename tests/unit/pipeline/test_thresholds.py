@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError, DependencyError
 from pipeline.health import Health
+from pipeline.limits import Change, check_limits, parse
 from pipeline.metrics import Metrics
 from pipeline.servers import Redis as RedisSettings
-from pipeline.limits import Change, check_limits, parse
 from pipeline.threshold_store import ThresholdStore
 from pipeline.thresholds import ThresholdCache
 from pipeline.types import ThresholdSource
@@ -153,3 +153,11 @@ def test_a_snapshot_of_another_model_gives_way_to_the_manifest(cache_of, tmp_pat
 def test_a_product_of_another_line_has_no_limits(cache_of):
     """Asked for a product it does not watch, the cache says None: the part is then UNINSPECTED."""
     assert cache_of(StoreThatHolds({})).get("cable-set") is None
+
+
+def test_limits_of_a_new_product_are_not_known_while_redis_is_away(cache_of, make_manifest, monkeypatch):
+    """Its limits have to be read first: without Redis the product is not ready, and the others keep theirs."""
+    monkeypatch.setattr("pipeline.thresholds._LEARN_S", 0.1)
+    cache = cache_of(StoreThatHolds(fields_of()))
+    assert not cache.learn(make_manifest(product="lid"))
+    assert (cache.get("lid"), cache.get("tray").version) == (None, 7)

@@ -5,8 +5,10 @@ import shutil
 import pytest
 
 from training import compare
-from training.compare import NETWORKS, ROWS, Equal, Result, product_folders, run_all, tasks_of
+from training.compare import MODEL, NETWORKS, ROWS, Equal, Result, product_folders, run_all, tasks_of
+from training.detector import load_bundle
 from training.errors import DataError
+from training.evaluate import evaluate
 from training.speed import measure_speed
 from training.table import Speed, make_table, markdown
 from training.teacher import random_teacher, weights_sha256
@@ -22,7 +24,7 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tasks(loco, out):
-    return tasks_of([loco], out, TEACHER, EQUAL, ["rd", "logicrd"], [1, 2])
+    return tasks_of([loco], out, TEACHER, EQUAL, ["rd", "logicrd"], [1, 2], keep_models=True)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,15 @@ def test_results_are_kept_and_not_repeated(tasks, results, monkeypatch):
     monkeypatch.setattr(compare, "fit", lambda *_: pytest.fail("trained again"))
     assert [compare.run_one(task, 1) for task in tasks] == results
     assert not list(tasks[0].out.rglob("checkpoint*"))
+
+
+def test_models_are_kept_on_request(loco, folder, tmp_path, tasks, results):
+    """The kept bundle scores what the result says; without the request there is none."""
+    report = evaluate(load_bundle(tasks[0].folder / MODEL), folder).report
+    assert report.image == results[0].report.image
+    plain = tasks_of([loco], tmp_path, TEACHER, EQUAL, ["rd"], [1])[0]
+    compare.run_one(plain, 1)
+    assert not (plain.folder / MODEL).exists()
 
 
 @pytest.mark.usefixtures("results")

@@ -26,8 +26,7 @@ from pipeline.errors import SourceError
 from pipeline.manifest import Manifest
 from pipeline.sources.deepstream import GraphPipe, pictures_start, scores_start
 from pipeline.sources.graph_child import HardwareGraph, Outlet, before_picture, to_host
-from pipeline.sources.sei import part_id_in
-from pipeline.sources.stream import PART_ID_UUID
+from pipeline.sources.sei import PART_ID_UUID, part_id_in
 from pipeline.types import Cause, Frame, Inference, Judgement, Scores, Threshold, ThresholdSource
 from pipeline.verdict import decide
 

@@ -1,6 +1,10 @@
 """A sensor's pixels as RGB, and the half of the line's protocol that another Python has to hold."""
 
 import ast
+import importlib.util
+import json
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +43,41 @@ def test_both_pythons_mean_the_same_slots():
     assert len(numbers(ours)) == 3
     imported = {alias.name for node in ast.walk(theirs) if isinstance(node, ast.Import) for alias in node.names}
     assert imported == {"json", "os", "signal", "socket", "sys", "time", "gi"}
+
+
+def test_both_pythons_hand_a_picture_over_in_the_same_way():
+    """The same slot of the memory, the same head but for what only a GenICam camera knows, and the same wait."""
+    pixels = np.arange(96, dtype=np.uint8).reshape(4, 8, 3)
+    head = {"at": 1.0, "s": 2.0, "part": [None, None]}
+    ours = handed_over(link.Link, lambda end: end, pixels, head)
+    bare = {"shape": pixels.shape, "at": 1.0, "s": 2.0}
+    theirs = handed_over(genicam_child().Link, socket.socket.detach, pixels.tobytes(), bare)
+    assert ours == theirs
+    message, stored = ours
+    assert set(message) == {"kind", "slot", "shape", "at", "s", "part"}
+    assert stored == pixels.tobytes()
+
+
+def handed_over(kind, as_end, pixels, head):
+    """Give the message and the memory that a picture leaves behind."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    memory = os.memfd_create("test")
+    made = kind(as_end(theirs), memory)
+    made.picture(pixels, head)
+    message = json.loads(ours.recv(link.MAX_MESSAGE))
+    stored = os.pread(memory, 96, message["slot"] * link.SLOT_BYTES)
+    for end in (ours, made._link):
+        end.close()
+    os.close(memory)
+    return message, stored
+
+
+def genicam_child():
+    """The program of the other Python, which this one can read as well."""
+    spec = importlib.util.spec_from_file_location("genicam_child", GENICAM_CHILD)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def numbers(tree):

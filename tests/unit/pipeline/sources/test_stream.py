@@ -8,7 +8,8 @@ import pytest
 
 from pipeline.errors import FrameError, SourceError
 from pipeline.sources import stream
-from pipeline.sources.stream import PART_ID_UUID, StreamSource
+from pipeline.sources.sei import PART_ID_UUID
+from pipeline.sources.stream import StreamSource
 
 
 def sei(message):
@@ -126,6 +127,22 @@ def test_after_a_damaged_frame_none_counts_until_a_key_frame(read):
     damaged[90:115] = b"\xff" * 25
     found = read(b"".join([*units[:4], bytes(damaged), *units[5:]]))
     assert found == [f"{'!' if 4 <= number < 8 else ''}p-{number}" for number in range(12)]
+
+
+def test_frames_before_the_first_key_frame_are_not_lost_in_silence(read, tmp_path):
+    """A stream that is joined between two key frames begins with some that show nothing: each is told, with its id."""
+    stamped, bare = h264(ids(12), key_every=8), h264([None] * 12, key_every=8)
+    assert read(b"".join(stamped[3:])) == [f"{'!' if number < 8 else ''}p-{number}" for number in range(3, 12)]
+    path = tmp_path / "bare.h264"
+    path.write_bytes(b"".join(bare[3:]))
+    reasons = []
+    with StreamSource(str(path), shown="x", timeouts_s=(5.0, 5.0), options={}) as source:
+        for _ in range(5):
+            with pytest.raises(FrameError) as caught:
+                source.read()
+            reasons.append((caught.value.reason, caught.value.part_id))
+        assert source.read() is not None
+    assert reasons == [("no_key_frame", None)] * 5
 
 
 def test_a_camera_that_changes_its_size_goes_on(read):

@@ -1,0 +1,57 @@
+# The line (target `worker`, the default) and the simulated camera of compose.yaml (target `camera`). No torch, no
+# compiler, no pip in what runs. Models are mounted, never in the image.
+#
+#   docker build -f deploy/docker/worker.Dockerfile -t logicrd-worker .
+#   docker run -v ./line:/line:ro logicrd-worker run -c /line/line.yaml
+#
+# Never built by a container engine here: `make images` runs these very steps in a clean Debian 12 root instead. The
+# base is pinned by digest; take a newer one with --build-arg BASE=...
+ARG BASE=debian:bookworm-slim@sha256:d5d3f9c23164ea16f31852f95bd5959aad1c5e854332fe00f7b3a20fcc9f635c
+
+FROM ${BASE} AS build
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends binutils python3 python3-venv \
+ && rm -rf /var/lib/apt/lists/*
+WORKDIR /opt/logicrd
+COPY requirements/pipeline.txt requirements/build.txt requirements/
+RUN python3 -m venv venv && python3 -m venv tools \
+ && venv/bin/python -m pip install --no-deps --require-hashes -r requirements/pipeline.txt \
+ && tools/bin/python -m pip install --no-deps --require-hashes -r requirements/build.txt
+COPY pyproject.toml README.md source/
+COPY pipeline source/pipeline
+COPY training source/training
+# The wheel holds the model room too; the line has no use for it. pip has none at run time.
+RUN tools/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir wheels ./source \
+ && venv/bin/python -m pip install --no-deps wheels/*.whl \
+ && rm -rf venv/lib/python3.11/site-packages/training venv/bin/logicrd-train \
+ && venv/bin/python -m pip uninstall --yes setuptools pip \
+ && find venv -name '*.so*' -type f -exec strip --strip-unneeded {} +
+
+FROM ${BASE} AS base
+# Python 3.11 is Debian's own: GenICam cameras are read by it too, with Aravis and its bindings.
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends ca-certificates python3 python3-gi gir1.2-aravis-0.8 \
+ && rm -rf /var/lib/apt/lists/* \
+ && useradd --system --uid 10001 --home-dir /var/lib/logicrd --create-home logicrd
+COPY --from=build /opt/logicrd/venv /opt/logicrd/venv
+ENV PATH=/opt/logicrd/venv/bin:/usr/local/bin:/usr/bin:/bin PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+
+FROM base AS camera
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends gir1.2-gst-rtsp-server-1.0 gstreamer1.0-plugins-good gstreamer1.0-plugins-bad \
+ && rm -rf /var/lib/apt/lists/*
+COPY deploy/local/simulate.py deploy/local/rtsp_server.py /opt/logicrd/camera/
+COPY deploy/local/parts /opt/logicrd/parts
+USER 10001
+EXPOSE 8554
+ENTRYPOINT ["python3", "/opt/logicrd/camera/simulate.py", "--host", "0.0.0.0", "--port", "8554"]
+CMD ["--camera", "tray=/opt/logicrd/parts/fastener-tray", "--camera", "cable=/opt/logicrd/parts/cable-set", "--rate", "2", "--loop"]
+
+FROM base AS worker
+LABEL org.opencontainers.image.title="LogicRD worker"
+WORKDIR /var/lib/logicrd
+USER 10001
+EXPOSE 9108
+ENTRYPOINT ["logicrd"]
+CMD ["run", "-c", "/etc/logicrd/line.yaml"]

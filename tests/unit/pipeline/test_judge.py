@@ -1,0 +1,143 @@
+"""The desk where parts get their verdict: what a fault, a late answer and a deadline cost, and what they do not."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from line_process import wait_until
+
+from pipeline.config import Evidence as EvidenceSettings
+from pipeline.events import Encoder, Place
+from pipeline.evidence import Evidence
+from pipeline.health import Health
+from pipeline.judge import Judge
+from pipeline.metrics import Metrics
+from pipeline.parts import Parts
+from pipeline.types import Cause, Inference, Scores
+
+FAR_S = time.monotonic() + 3600.0
+PLACE = Place("site", "area", "line", "worker", 2000.0)
+
+
+class Desk:
+    """A judge, and what left it: part id, verdict and reasons of each event, by topic."""
+
+    def __init__(self, manifest, encoder=None):
+        self.metrics = Metrics()
+        self.metrics.camera("c1", product="tray", station="s1")
+        self.health = Health()
+        self.settled = []
+        self.told = {"verdict.v1": [], "view.v1": [], "audit.v1": []}
+        self.judge = Judge(
+            Parts({}, {"c1": "tray"}, budget_s=2.0, run="R"),
+            {"tray": manifest},
+            SimpleNamespace(get={"tray": manifest.suggestion}.get),
+            evidence=Evidence(EvidenceSettings(), {"tray": manifest}, self.health),
+            encoder=encoder or Encoder(PLACE, "binary"),
+            sink=SimpleNamespace(put=self._put),
+            metrics=self.metrics,
+            health=self.health,
+            settled=self.settled.append,
+        )
+
+    def _put(self, *events):
+        for event in events:
+            self.told[event.topic].append(json.loads(event.value))
+
+    def verdicts(self):
+        return [(data["partId"], data["verdict"], data["reasonCodes"]) for data in self.told["verdict.v1"]]
+
+    def wait_for(self, topic, count):
+        wait_until(lambda: len(self.told[topic]) >= count, 60, f"{count} events on {topic}")
+
+
+@pytest.fixture
+def desk(make_manifest):
+    """Give a running judge; closed at the end, when every part must have left."""
+    made = []
+
+    def make(**fields):
+        made.append(Desk(make_manifest(), **fields))
+        made[-1].judge.start()
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.judge.close()
+        assert each.judge.open_parts == 0
+
+
+class Broken(Encoder):
+    """An encoder that fails for one part."""
+
+    def part(self, part, *, decided_at):
+        if part.part.part_id == "part-2":
+            raise RuntimeError("no such event")
+        return super().part(part, decided_at=decided_at)
+
+
+def test_a_verdict_that_cannot_be_encoded_costs_that_part_alone(desk, make_frame):
+    """It is counted as undelivered; the parts before and after it, and those released with it, leave."""
+    line = desk(encoder=Broken(PLACE, "binary"))
+    one, two, three, four = (
+        line.judge.accept(make_frame(number=number, deadline_s=FAR_S))[0] for number in range(1, 5)
+    )
+    for frame in (two, three, one):  # the first one releases all three
+        line.judge.put(Inference(frame, scores=Scores(1.0, 1.0, 1.0)))
+    line.wait_for("verdict.v1", 2)
+    line.judge.put(Inference(four, scores=Scores(9.0, 9.0, 9.0)))
+    line.wait_for("verdict.v1", 3)
+    assert [(part, verdict) for part, verdict, _ in line.verdicts()] == [
+        ("part-1", "OK"),
+        ("part-3", "OK"),
+        ("part-4", "NG"),
+    ]
+    assert line.metrics.snapshot().undelivered == 1
+    assert line.health.stalled() == []
+
+
+def test_an_overdue_part_is_uninspected_and_its_late_answer_audited(desk, make_frame):
+    """The verdict stands: scores that come after it are on the audit topic, and a late fault says nothing new."""
+    line = desk()
+    now_s = time.monotonic()
+    late, fault = (
+        line.judge.accept(make_frame(number=number, captured_s=now_s - 5.0, deadline_s=now_s))[0] for number in (1, 2)
+    )
+    line.wait_for("verdict.v1", 2)
+    assert line.verdicts() == [(part, "UNINSPECTED", ["deadline"]) for part in ("part-1", "part-2")]
+    line.judge.put(Inference(fault, cause=Cause.TRITON_UNAVAILABLE))
+    line.judge.put(Inference(late, scores=Scores(9.0, 8.0, 7.0)))
+    line.wait_for("audit.v1", 1)
+    (audited,) = line.told["audit.v1"]
+    assert (audited["partId"], audited["reason"], audited["late"]) == ("part-1", "late_result", True)
+    assert audited["scores"] == {"fused": 9.0, "map": 8.0, "mahalanobis": 7.0}
+    assert len(line.told["verdict.v1"]) == 2
+    counted = {"station": "s1", "cause": "late_result"}
+    assert line.metrics.registry.get_sample_value("inspection_strays_total", counted) == 2
+
+
+def test_a_part_that_cannot_be_judged_is_left_to_its_deadline(desk, make_frame, monkeypatch):
+    """A fault of ours while a view is judged: the part is UNINSPECTED on time, and the next one is judged."""
+
+    line = desk()
+    now_s = time.monotonic()
+    first = line.judge.accept(make_frame(number=1, captured_s=now_s, deadline_s=now_s + 1.0))[0]
+    second = line.judge.accept(make_frame(number=2, deadline_s=FAR_S))[0]
+    monkeypatch.setattr("pipeline.judge.regions", None)
+    line.judge.put(Inference(first, scores=Scores(1.0, 1.0, 1.0), anomaly_map=np.zeros((4, 4), np.float32)))
+    line.judge.put(Inference(second, scores=Scores(1.0, 1.0, 1.0)))
+    line.wait_for("verdict.v1", 2)
+    assert line.verdicts() == [("part-1", "UNINSPECTED", ["deadline"]), ("part-2", "OK", [])]
+
+
+def test_what_is_open_at_the_end_gets_its_verdict(make_manifest, make_frame):
+    """`close` gives up whatever is open, and takes nothing after it."""
+    line = Desk(make_manifest())
+    line.judge.start()
+    line.judge.accept(make_frame(number=1))
+    line.judge.close()
+    assert line.verdicts() == [("part-1", "UNINSPECTED", ["deadline"])]
+    assert line.judge.accept(make_frame(number=2)) == []
+    assert line.metrics.snapshot().triggered == 1
