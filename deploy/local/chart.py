@@ -61,7 +61,7 @@ def rows(text: str) -> Iterator[str]:
             yield f"`{path}` | `{default}` | {said}"
 
 
-def _entries(node: yaml.Node, path: tuple[str, ...]) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
+def _entries(node: yaml.Node | None, path: tuple[str, ...]) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*path, str(key.value))
