@@ -52,6 +52,7 @@ bench: ## measure the line and the served model against the limit of this machin
 	.venv-training/bin/logicrd-train export --fused .cache/fused.onnx --product fastener-tray
 	.venv/bin/logicrd bench serving --product fastener-tray --fused .cache/fused.onnx --json
 	.venv/bin/logicrd bench line --product fastener-tray --fused .cache/fused.onnx --json
+	.venv/bin/logicrd bench delivery --json
 
 images: ## run the images' steps in a clean Debian root (needs root and debootstrap), and their entry points
 	@$(SETUP) line

@@ -23,7 +23,6 @@ Without a folder (`outbox.dir: null`) events go straight to the sink, and are lo
 from __future__ import annotations
 
 import errno
-import json
 import threading
 import time
 from collections import deque
@@ -37,7 +36,7 @@ import structlog
 
 from pipeline.config import Outbox as OutboxSettings
 from pipeline.errors import ConfigError
-from pipeline.events import Event
+from pipeline.events import Event, packed, unpacked
 from pipeline.health import Health
 from pipeline.journal import SEGMENT_BYTES, Journal, stored
 from pipeline.metrics import Metrics
@@ -48,6 +47,7 @@ _TICK_S = 0.05
 _REST_S = 0.2
 _RETRY_S = 1.0
 _SHOW_EVERY_S = 0.5
+_LAST_TURN_S = 5.0
 _ALARM = 0.5
 _ALARM_OVER = 0.4
 # So many events are under way to Kafka at once: it keeps the client busy, and is what a restart may send twice.
@@ -71,6 +71,7 @@ class _Group:
     """Events that are stored together or not at all; one of the two is called, once."""
 
     events: tuple[Event, ...]
+    payloads: tuple[bytes, ...]
     final: Callable[[], None] | None
     otherwise: Callable[[], tuple[Event, ...]] | None
 
@@ -132,14 +133,12 @@ class Outbox:
                 ) from None
             self._journal = journal
         self._sink.start()
-        if self._journal is None:
-            return
-        found = self._journal.counts
-        if sum(found.values()):
-            log.info("outbox: events of an earlier run go first", events=sum(found.values()), parts=found[_PART])
-        self._metrics.outbox_found(found[_PART])
-        self._health.ready(_STAGE, True)
-        self._thread.start()
+        if self._journal is not None:
+            found = self._journal.counts
+            if self._journal.left:
+                log.info("outbox: events of an earlier run go first", events=self._journal.left, parts=found[_PART])
+            self._metrics.outbox_found(found[_PART])
+            self._thread.start()
 
     def put(
         self,
@@ -156,21 +155,25 @@ class Outbox:
         if self._journal is None:
             if final is not None:
                 final()
-            self._sink.put(*events)
+            if self._stop.is_set():
+                self._lose(list(events))  # after the end of the run: of readers that outlast it
+            else:
+                self._sink.put(*events)
             return
+        payloads = tuple(packed(event) for event in events)  # here, so that a bad event is its caller's fault
         with self._changed:
             refused = self._in_memory + len(events) > self._max_held
             if not refused:
-                self._waiting.append(_Group(events, final, otherwise))
+                self._waiting.append(_Group(events, payloads, final, otherwise))
                 self._in_memory += len(events)
                 self._changed.notify_all()
         if refused:
             if final is not None:
                 final()
             self._metrics.undelivered(len(events), parts=sum(event.is_part for event in events))
-        if refused is not self._refusing:
-            self._refusing = refused
-            self._say_refusing()
+        if refused and not self._refusing:
+            log.error("verdicts are lost: neither the disk nor Kafka takes them", in_memory=self._max_held)
+        self._refusing = refused
 
     def close(self, until_s: float) -> Left:
         """Deliver what is left, until then on the monotonic clock; what Kafka has not got by then stays on disk."""
@@ -180,25 +183,23 @@ class Outbox:
             self._stop.set()
             with self._changed:
                 self._changed.notify_all()
-            self._thread.join(5.0)
+            self._thread.join(_LAST_TURN_S)
         unconfirmed = self._sink.close(until_s)
-        if self._journal is None:
-            return self._lose(unconfirmed)
-        return self._leave(self._journal)
+        self._stop.set()
+        return self._lose(unconfirmed) if self._journal is None else self._leave(self._journal)
 
     def _empty(self) -> bool:
-        with self._changed:
-            if self._waiting or self._in_memory:
-                return False
-        return self._journal is None or not (self._out or self._behind)
+        return not self._in_memory and (self._journal is None or not self._journal.left)  # on disk, then no longer here
 
     def _leave(self, journal: Journal) -> Left:
-        """Note the last acknowledgements and let go of the folder."""
+        """Note the last acknowledgements and let go of the folder, unless the disk still holds the outbox's thread."""
+        if self._thread.is_alive():
+            log.error("the disk does not answer: the next run sends some events again")
+            return Left(journal.left, journal.counts[_PART], self._in_memory)
         self._take_acknowledged(journal)
         waiting = [event for group in (*self._pending, *self._waiting) for event in group.events]
-        left = self._lose([*(entry.event for entry in self._held), *waiting])
-        counts = journal.counts
-        left = replace(left, events=sum(counts.values()), parts=counts[_PART])
+        lost = self._lose([*(entry.event for entry in self._held), *waiting])
+        left = replace(lost, events=journal.left, parts=journal.counts[_PART])
         try:
             journal.clear()
             if journal.unwritten:
@@ -219,19 +220,14 @@ class Outbox:
             log.error("events lost: neither stored nor confirmed by Kafka", events=len(events), parts=parts)
         return Left(lost_parts=parts)
 
-    def _say_refusing(self) -> None:
-        if self._refusing:
-            log.error("verdicts are lost: neither the disk nor Kafka takes them", in_memory=self._max_held)
-        else:
-            log.info("verdicts are taken again")
-
     # The outbox's thread
 
     def _run(self) -> None:
         assert self._journal is not None  # noqa: S101 (set by start)
-        shown_s = 0.0
-        while not self._stop.is_set():
+        shown_s, last = 0.0, False
+        while not last:
             self._health.beat(_STAGE)
+            last = self._stop.is_set()  # one more turn then, for what was put before
             try:
                 self._turn(self._journal)
                 if time.monotonic() - shown_s >= _SHOW_EVERY_S:
@@ -240,10 +236,6 @@ class Outbox:
             except Exception:  # the thread's top frame: the next turn goes on, and the fault is seen
                 log.exception("a turn of the outbox failed")
                 self._stop.wait(_RETRY_S)
-        try:
-            self._turn(self._journal)
-        except Exception:  # as above
-            log.exception("the last turn of the outbox failed")
         self._health.retire(_STAGE)
 
     def _turn(self, journal: Journal) -> None:
@@ -309,24 +301,24 @@ class Outbox:
         """Write the events of a spell without a disk; those that are on their way to Kafka are not read again."""
         for handed in (True, False):
             entries = [entry for entry in self._held if entry.handed is handed]
-            if not entries:
-                continue
-            self._append(journal, entries)
-            if handed:
+            if entries:
+                self._append(journal, entries, [packed(entry.event) for entry in entries])
+            if entries and handed:
                 journal.skip()
             for entry in entries:
                 del self._held[entry]
 
     def _store_pending(self, journal: Journal) -> None:
-        now_ms = self._now_ms()
-        self._append(journal, [_Entry(event, now_ms) for group in self._pending for event in group.events])
-        for group in self._pending:
+        entries = [_Entry(event, self._now_ms()) for group in self._pending for event in group.events]
+        self._append(journal, entries, [payload for group in self._pending for payload in group.payloads])
+        groups, self._pending = self._pending, deque()
+        for group in groups:
             if group.final is not None:
                 group.final()
-        self._pending.clear()
 
-    def _append(self, journal: Journal, entries: list[_Entry]) -> None:
-        numbers = journal.append([(entry.kind, packed(entry.event)) for entry in entries], self._now_ms())
+    def _append(self, journal: Journal, entries: list[_Entry], payloads: list[bytes]) -> None:
+        records = zip((entry.kind for entry in entries), payloads, strict=True)
+        numbers = journal.append(list(records), self._now_ms())
         for entry, number in zip(entries, numbers, strict=True):
             entry.number = number
         self._stored_s = time.monotonic()
@@ -356,7 +348,12 @@ class Outbox:
         room = min(_WINDOW - len(self._out), self._sink.room)
         if room > 0 and journal.behind:
             for record in journal.read(room):
-                self._hand(_Entry(unpacked(record.payload), record.at_ms, record.number))
+                try:
+                    self._hand(_Entry(unpacked(record.payload), record.at_ms, record.number))
+                except ValueError as error:  # written by another version of this program
+                    log.error("an event in the outbox makes no sense: left out", number=record.number, error=str(error))
+                    self._metrics.undelivered(1, parts=int(record.kind == _PART))
+                    journal.acknowledge([(record.number, record.kind)])
             room = min(_WINDOW - len(self._out), self._sink.room)
         if not journal.behind and self._held:
             for entry in list(islice((entry for entry in self._held if not entry.handed), max(0, room))):
@@ -372,7 +369,7 @@ class Outbox:
         """Tell the metrics, and the log when half of a bound is reached."""
         counts, size, age_s = journal.counts, journal.size, self._age_s()
         fill = max(size / self._settings.max_bytes, age_s / self._settings.max_age_s)
-        events = sum(counts.values()) + len(self._held)
+        events = journal.left + len(self._held)
         self._metrics.outbox(events=events, parts=counts[_PART], size=size, age_s=age_s, fill=fill)
         if fill >= _ALARM and not self._alarmed:
             log.error("outbox half full: Kafka does not take events", events=events, bytes=size, oldest_s=round(age_s))
@@ -400,18 +397,3 @@ class Outbox:
 def read_stored(folder: Path) -> Iterator[Event]:
     """Read the events that a folder holds for Kafka, oldest first; also while a worker uses it. Raises OSError."""
     return (unpacked(record.payload) for record in stored(folder))
-
-
-def packed(event: Event) -> bytes:
-    """Put an event into bytes, `done` left out: a line of JSON, then the value. Headers are any bytes."""
-    headers = [[name, value.decode("latin-1")] for name, value in event.headers]
-    head = [event.topic, event.key.decode("latin-1"), event.is_part, headers]
-    return json.dumps(head, separators=(",", ":")).encode() + b"\n" + event.value
-
-
-def unpacked(data: bytes) -> Event:
-    """Read what `packed` made. Raises ValueError."""
-    head, _, value = data.partition(b"\n")
-    topic, key, is_part, headers = json.loads(head)
-    named = tuple((name, text.encode("latin-1")) for name, text in headers)
-    return Event(topic, key.encode("latin-1"), value, named, is_part=is_part)

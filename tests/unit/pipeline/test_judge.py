@@ -36,13 +36,17 @@ class Desk:
             SimpleNamespace(get={"tray": manifest.suggestion}.get),
             evidence=Evidence(EvidenceSettings(), {"tray": manifest}, self.health),
             encoder=encoder or Encoder(PLACE, "binary"),
-            sink=SimpleNamespace(put=self._put),
+            outbox=SimpleNamespace(put=self._put),
             metrics=self.metrics,
             health=self.health,
             settled=self.settled.append,
         )
 
-    def _put(self, *events):
+    def _put(self, *events, final=None, otherwise=None):
+        """Take events as an outbox does that stores them."""
+        del otherwise
+        if final is not None:
+            final()
         for event in events:
             self.told[event.topic].append(json.loads(event.value))
 
