@@ -37,7 +37,7 @@ lint: ## ruff, and who may import whom
 type: ## mypy, strict
 	@$(SETUP) line training
 	.venv/bin/mypy
-	.venv/bin/mypy deploy/local deploy/docker tests/benchmarks
+	.venv/bin/mypy deploy/local deploy/docker deploy/examples/mes tests/benchmarks
 	.venv-training/bin/mypy training
 
 chart: ## write what is generated in the chart, then lint it and test it against Kubernetes' schemas and promtool
@@ -78,6 +78,7 @@ lock: $(UV) ## pin requirements/*.txt anew, with hashes; UV_FLAGS=--upgrade take
 	$(COMPILE) -c requirements/pipeline.txt --extra training pyproject.toml requirements/training.in -o requirements/training.txt
 	$(COMPILE) requirements/triton.in -o requirements/triton.txt
 	$(COMPILE) -c requirements/dev.txt requirements/build.in -o requirements/build.txt
+	$(COMPILE) --python-version 3.12 -c requirements/pipeline.txt requirements/triton-image.in -o requirements/triton-image.txt
 
 $(UV):
 	python3.11 -m venv .cache/uv

@@ -1,9 +1,9 @@
 """The composition root: builds the stages of one line, wires them with queues, starts, drains and stops them.
 
 Threads: one reader a camera -> batcher -> one dispatcher -> gRPC's own -> one judge -> one for the outbox -> one
-publisher, one for pictures, one for thresholds, one for triggers where a station asks for them, two with a pool: its
-cameras, new products. A part is opened when its frame is captured or its trigger comes, and gets exactly one verdict.
-Called by the command line and by tests.
+publisher, one for pictures, one for thresholds, one for heartbeats, one for triggers where a station asks for them, two
+with a pool: its cameras, new products. A part is opened when its frame is captured or its trigger comes, and gets
+exactly one verdict. Called by the command line and by tests.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pipeline.errors import ConfigError, DependencyError, LineError
 from pipeline.events import Encoder, Place
 from pipeline.evidence import Evidence
 from pipeline.health import Health, HealthPage
+from pipeline.heartbeat import Heartbeat
 from pipeline.inference import InferenceClient
 from pipeline.judge import TICK_S, Judge
 from pipeline.manifest import Manifest, products_in, read_manifest
@@ -58,13 +59,15 @@ class Line:
         self._manifests = read_manifests(config)
         # Workers that start in the same second give different names to the parts of a camera that moves between them.
         run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
+        host = socket.gethostname()
         self._place = Place(
             config.site,
             config.area,
             config.line,
-            worker=f"{socket.gethostname()}-{run}",
+            worker=f"{host}-{run}",
             budget_ms=config.budget_ms,
             pool=None if config.pool is None else config.pool.name,
+            host=host,
         )
         self.metrics = Metrics()
         self.health = Health()
@@ -122,6 +125,16 @@ class Line:
         )
         for camera in config.cameras:
             self.cameras.prepare(camera)
+        self._heartbeat = Heartbeat(
+            config.monitoring.heartbeat_s,
+            self._manifests,
+            self._thresholds,
+            epoch=lambda: self.cameras.epoch,
+            encoder=self._encoder,
+            put=self._outbox.put,
+            metrics=self.metrics,
+            health=self.health,
+        )
         self._pool: CameraPool | None = None
         if config.pool is not None:
             self._pool = CameraPool(config.kafka, config.pool, self.cameras, metrics=self.metrics, health=self.health)
@@ -152,12 +165,14 @@ class Line:
             self._inference.close()
             raise
         self._judge.start()
+        self.health.beat("dispatcher")
         self._dispatcher.start()
         self.cameras.start()
         self._triggers.start()
         if self._pool is not None:
             self._pool.start(list(self.cameras.names))
             self._newcomers.start()
+        self._heartbeat.start()
         gc.collect()
         gc.freeze()  # what is here now stays: the collections of the judge look at the frames' garbage only
         log.info("line started", line=self._config.line, cameras=len(self._config.cameras), products=[*self._manifests])
@@ -193,6 +208,7 @@ class Line:
         self._dispatcher.join(2.0)
         self._judge.close()
         self._evidence.close(max(0.0, min(_PICTURES_S, drained_s - time.monotonic())))
+        self._heartbeat.close()
         left = self._outbox.close(drained_s - _CLOSING_S)
         self._triggers.close()  # after the last acknowledgement, which moves its place
         self._thresholds.close()

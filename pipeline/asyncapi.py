@@ -32,24 +32,39 @@ _DEAD_LETTER_HEADERS = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Topic:
-    """One topic: whether the line sends or receives, and the schema of its data; None for records as they came."""
+class _Kind:
+    """One kind of record: its event type and the schema of its data; None for records as they came."""
 
     name: str
-    action: Literal["send", "receive"]
     schema: str | None
     key: str
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Topic:
+    """One topic: whether the line sends or receives, and what lies in it."""
+
+    name: str
+    action: Literal["send", "receive"]
+    text: str
+    kinds: tuple[_Kind, ...]
+
+
+def _topic(name: str, action: Literal["send", "receive"], schema: str | None, key: str, text: str) -> _Topic:
+    return _Topic(name, action, text, (_Kind(name, schema, key, text),))
+
+
+_STATUS = _Kind("status", "status", _CAMERA_KEY, "A camera changed its state.")
+_HEARTBEAT = _Kind("heartbeat", "heartbeat", "worker/<line>/<host>", "A worker says how it is, every few seconds.")
 _TOPICS = (
-    _Topic("verdict", "send", "verdict", _STATION_KEY, "One event a part: what a MES reads."),
-    _Topic("view", "send", "verdict", _STATION_KEY, "One event a frame: what that view alone says."),
-    _Topic("status", "send", "status", _CAMERA_KEY, "A camera changed its state."),
-    _Topic("audit", "send", "audit", _STATION_KEY, "A frame, or scores, that count for no verdict."),
-    _Topic("dlq", "send", None, "as it came", "A record that could not be used, as it came, with the reason."),
-    _Topic("trigger", "receive", "trigger", "any; <line>/<station> keeps order", "A part is in front of the cameras."),
-    _Topic(
+    _topic("verdict", "send", "verdict", _STATION_KEY, "One event a part: what a MES reads."),
+    _topic("view", "send", "verdict", _STATION_KEY, "One event a frame: what that view alone says."),
+    _Topic("status", "send", "How cameras and workers are.", (_STATUS, _HEARTBEAT)),
+    _topic("audit", "send", "audit", _STATION_KEY, "A frame, or scores, that count for no verdict."),
+    _topic("dlq", "send", None, "as it came", "A record that could not be used, as it came, with the reason."),
+    _topic("trigger", "receive", "trigger", "any; <line>/<station> keeps order", "A part is in front of the cameras."),
+    _topic(
         "cameras", "receive", "cameras", _CAMERA_KEY, "Compacted: the cameras that workers share; null removes one."
     ),
 )
@@ -114,40 +129,42 @@ def _operation(topic: _Topic) -> dict[str, Any]:
 
 def _messages(topic: _Topic) -> dict[str, Any]:
     """Give the forms of a topic's records: CloudEvents of both modes, and plain JSON where that is taken or written."""
-    key = {"kafka": {"key": {"type": "string", "description": topic.key}}}
-    if topic.schema is None:
+    return {name: form for kind in topic.kinds for name, form in _forms(kind, sent=topic.action == "send").items()}
+
+
+def _forms(kind: _Kind, *, sent: bool) -> dict[str, Any]:
+    key = {"kafka": {"key": {"type": "string", "description": kind.key}}}
+    if kind.schema is None:
         headers = {name: {"type": "string", "description": text} for name, text in _DEAD_LETTER_HEADERS.items()}
-        return {topic.name: {"headers": _object(headers, list(headers)[:3]), "payload": {}, "bindings": key}}
-    data = {"$ref": f"#/components/schemas/{topic.schema}"}
-    plain = {"title": topic.text, "contentType": "application/json", "payload": data, "bindings": key}
-    if _is_table(topic):
-        return {topic.name: plain}
-    attributes = _attributes(topic)
-    required = [
-        name for name in attributes if topic.action == "send" or name in ("specversion", "id", "source", "type")
-    ]
+        return {kind.name: {"headers": _object(headers, list(headers)[:3]), "payload": {}, "bindings": key}}
+    data = {"$ref": f"#/components/schemas/{kind.schema}"}
+    plain = {"title": kind.text, "contentType": "application/json", "payload": data, "bindings": key}
+    if kind.schema == "cameras":
+        return {kind.name: plain}
+    attributes = _attributes(kind, sent=sent)
+    required = [name for name in attributes if sent or name in ("specversion", "id", "source", "type")]
     headers = {f"ce_{name}": entry for name, entry in attributes.items()}
     binary = _object({**headers, "content-type": {"const": "application/json"}}, [f"ce_{name}" for name in required])
     envelope = {**attributes, "datacontenttype": {"const": "application/json"}, "data": data}
     structured = {
-        "title": topic.text,
+        "title": kind.text,
         "contentType": "application/cloudevents+json",
         "payload": _object(envelope, [*required, "data"]),
         "bindings": key,
     }
-    forms = {f"{topic.name}.binary": {**plain, "headers": binary}, f"{topic.name}.structured": structured}
-    return forms if topic.action == "send" else {topic.name: plain, **forms}
+    forms = {f"{kind.name}.binary": {**plain, "headers": binary}, f"{kind.name}.structured": structured}
+    return forms if sent else {kind.name: plain, **forms}
 
 
 def _is_table(topic: _Topic) -> bool:
-    return topic.schema == "cameras"
+    return any(kind.schema == "cameras" for kind in topic.kinds)
 
 
-def _attributes(topic: _Topic) -> dict[str, Any]:
-    kind = {"const": f"io.logicrd.inspection.{topic.name}.v1"} if topic.action == "send" else {}
+def _attributes(kind: _Kind, *, sent: bool) -> dict[str, Any]:
+    of_type = {"const": f"io.logicrd.inspection.{kind.name}.v1"} if sent else {}
     first, *rest = ({name: {"type": "string", **entry}} for name, entry in _ATTRIBUTES.items())
     return {
-        name: entry for part in (first, {"type": {"type": "string", **kind}}, *rest) for name, entry in part.items()
+        name: entry for part in (first, {"type": {"type": "string", **of_type}}, *rest) for name, entry in part.items()
     }
 
 

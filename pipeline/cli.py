@@ -24,6 +24,7 @@ from pipeline import config as configuration
 from pipeline.app import Line, read_manifests
 from pipeline.cli_cameras import cameras_app
 from pipeline.cli_plan import plan
+from pipeline.cli_reconcile import reconcile
 from pipeline.cli_thresholds import threshold_doubts, thresholds_app
 from pipeline.cli_topics import topics_app
 from pipeline.errors import CheckError, LineError
@@ -65,6 +66,7 @@ for name, group in (
 ):
     app.add_typer(group, name=name)
 app.command("plan")(plan)
+app.command()(reconcile)
 
 
 def main() -> None:
@@ -167,7 +169,7 @@ def stack(context: typer.Context) -> None:
 
 @app.command(context_settings=PASS_ON)
 def bench(context: typer.Context) -> None:
-    """Measure this machine: `bench line`, `serving`, `ingest`, `delivery`; model many from it: `scaling`."""
+    """Measure this machine: `bench line`, `serving`, `ingest`, `delivery`; model many: `scaling` (all with --json)."""
     kinds = {"delivery", "ingest", "line", "scaling", "serving"}
     if not context.args or context.args[0] not in kinds:
         raise typer.BadParameter(f"name a benchmark: {', '.join(sorted(kinds))}")

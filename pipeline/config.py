@@ -91,6 +91,8 @@ class Monitoring(Block):
     """Port for `/metrics`, `/livez` and `/readyz`; 0 takes a free one, unset serves none."""
     host: str = "127.0.0.1"
     """Address to listen on."""
+    heartbeat_s: Annotated[float, Field(ge=0.1, le=3600, allow_inf_nan=False)] = 10.0
+    """How often the worker tells of itself on `<prefix>.status.v1`."""
 
     @field_validator("host")
     @classmethod

@@ -30,6 +30,7 @@ from pipeline.types import (
 )
 from pipeline.wire import (
     AuditData,
+    HeartbeatData,
     MissingViewData,
     ModelData,
     RegionData,
@@ -43,12 +44,13 @@ from pipeline.wire import (
 
 _TYPE_PREFIX = "io.logicrd.inspection."
 _NAMESPACE = uuid5(NAMESPACE_URL, "urn:logicrd:inspection")
-_TYPES = {"verdict": "verdict.v1", "view": "view.v1", "status": "status.v1", "audit": "audit.v1"}
+_TYPES = {kind: f"{kind}.v1" for kind in ("verdict", "view", "status", "audit", "heartbeat")}
+_TOPICS = _TYPES | {"heartbeat": "status.v1"}
 _DEAD_LETTER = "dlq.v1"
 _LONGEST_DEAD_LETTER = 64 * 1024
 _LONGEST_HEADER, _MOST_HEADERS = 1024, 64
 
-EventKind = Literal["verdict", "view", "status", "audit"]
+EventKind = Literal["verdict", "view", "status", "audit", "heartbeat"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class Place:
     worker: str
     budget_ms: float
     pool: str | None = None
+    host: str = ""
 
     @property
     def source(self) -> str:
@@ -90,6 +93,11 @@ class Encoder:
     def __init__(self, place: Place, content_mode: Literal["binary", "structured"]) -> None:
         self._place = place
         self._content_mode = content_mode
+
+    @property
+    def place(self) -> Place:
+        """Who speaks."""
+        return self._place
 
     def part(self, part: PartVerdict, *, decided_at: datetime) -> tuple[Event, ...]:
         """Encode a part's verdict: one event a view, then the part's."""
@@ -159,6 +167,11 @@ class Encoder:
         name = f"{place.worker}/{camera_id}/{at.isoformat()}"
         return self._event("status", name, camera_id, at, camera_id.encode(), _json(data))
 
+    def heartbeat(self, data: HeartbeatData, at: datetime) -> Event:
+        """Encode a worker's word on itself; keyed by line and host, so that the last one can be kept."""
+        key = f"worker/{data.line}/{data.host}"
+        return self._event("heartbeat", f"{data.worker}/{at.isoformat()}", data.worker, at, key.encode(), _json(data))
+
     def _inspection(self, part: Part) -> str:
         return inspection_id(self._place.source, part.station, part.part_id, part.camera_id, part.meas_id)
 
@@ -219,7 +232,7 @@ class Encoder:
             head = json.dumps({**attributes, "datacontenttype": "application/json"})
             value = head[:-1].encode() + b', "data": ' + value + b"}"
             headers = [("content-type", b"application/cloudevents+json; charset=UTF-8")]
-        return Event(_TYPES[kind], key, value, tuple(headers), is_part=is_part)
+        return Event(_TOPICS[kind], key, value, tuple(headers), is_part=is_part)
 
 
 def inspection_id(

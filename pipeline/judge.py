@@ -88,6 +88,7 @@ class Judge:
 
     def start(self) -> None:
         """Begin to judge."""
+        self._health.beat(_STAGE)
         self._thread.start()
 
     @property
@@ -210,8 +211,10 @@ class Judge:
             self._guarded(Inference(frame, cause=Cause.DEADLINE))
         with self._lock:
             released, strays = self._parts.expire(now_s, self._lost, last=last)
+            still_open = self._parts.open_by_station()
         self._send(released)
         self._audit(strays)
+        self._metrics.parts_open(still_open)
 
     def _guarded(self, inference: Inference) -> None:
         try:

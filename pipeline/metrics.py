@@ -64,6 +64,7 @@ class StationFigures:
     """The parts of one station since the start: triggered = OK + NG + REVIEW + UNINSPECTED + those still open."""
 
     triggered: int = 0
+    open: int = 0
     judgements: Tally[Judgement] = field(default_factory=Tally)
     causes: Tally[str] = field(default_factory=Tally)
 
@@ -76,6 +77,7 @@ class StationSnapshot:
     triggered: int
     judgements: dict[str, int]
     causes: dict[str, int]
+    open: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,9 @@ class Metrics:
         self._frames = Counter("inspection_frames", "Frames read", ["camera"], registry=registry)
         self._triggered = Counter(
             "inspection_parts_triggered", "Parts opened; all get a verdict", ["station"], registry=registry
+        )
+        self._open = Gauge(
+            "inspection_parts_open", "Parts opened whose verdict has not gone out", ["station"], registry=registry
         )
         self._verdicts = Counter(
             "inspection_parts", "Part verdicts given", ["station", "verdict", "cause"], registry=registry
@@ -246,6 +251,14 @@ class Metrics:
             self._stations.setdefault(station, StationFigures()).triggered += parts
         self._triggered.labels(station).inc(parts)
 
+    def parts_open(self, parts: Mapping[str, int]) -> None:
+        """Note how many parts of each station are open, counted where they lie and not from the other figures."""
+        with self._lock:
+            for station, count in parts.items():
+                self._stations.setdefault(station, StationFigures()).open = count
+        for station, count in parts.items():
+            self._open.labels(station).set(count)
+
     def view(self, camera_id: str, judgement: Judgement, cause: Cause | None, latency_s: float) -> None:
         """Count what one view said; `latency_s` is from its capture."""
         with self._lock:
@@ -347,7 +360,7 @@ class Metrics:
 
 def _station_snapshot(name: str, figures: StationFigures) -> StationSnapshot:
     judgements = {judgement.value: figures.judgements[judgement] for judgement in Judgement}
-    return StationSnapshot(name, figures.triggered, judgements, dict(figures.causes))
+    return StationSnapshot(name, figures.triggered, judgements, dict(figures.causes), figures.open)
 
 
 def _camera_snapshot(name: str, figures: CameraFigures) -> CameraSnapshot:

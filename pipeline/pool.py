@@ -48,9 +48,9 @@ _POLL_S = 0.25
 _TIMEOUT_S = 3.0
 # A worker's poll, and its wait for readers that let go.
 _LET_GO_S = 3.0
-_ACKNOWLEDGED_S = 20.0
 # Of a record's key, which need not be a camera's id: it is told in an event, which has to fit into a record.
 _LONGEST_NAME = 256
+_ACKNOWLEDGED_S = 20.0
 _STAGE = "camera pool"
 _APPLY = "apply the camera again with `logicrd cameras apply`"
 
@@ -129,6 +129,7 @@ class CameraPool:
         assert self._consumer is not None  # noqa: S101 (set by connect)
         self._static = frozenset(static)
         self._consumer.subscribe([self._topic], listener=_Listener(self))
+        self._health.beat(_STAGE)
         self._thread.start()
 
     def stop(self) -> None:

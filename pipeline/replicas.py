@@ -29,6 +29,8 @@ Probe = Callable[[InferenceServerClient], tuple[Finding, str]]
 Resolve = Callable[[str], Sequence[str]]
 """Turns `host:port` into addresses `ip:port`; raises OSError."""
 
+PROBES = "triton-probes"
+"""The stage that probes; a probe of many products says itself that it comes round."""
 _TICK_S = 0.1
 _JOIN_S = 3.0
 _LARGEST_MESSAGE = 2**31 - 1
@@ -73,7 +75,7 @@ class ReplicaPool:
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._follow_names, name="triton-names", daemon=True),
-            threading.Thread(target=self._follow_replicas, name="triton-probes", daemon=True),
+            threading.Thread(target=self._follow_replicas, name=PROBES, daemon=True),
         ]
 
     def start(self) -> None:
@@ -84,6 +86,7 @@ class ReplicaPool:
         """
         if self._settings.tls is not None:
             self._credentials = _credentials(self._settings.tls)
+        self._health.beat(PROBES)
         for thread in self._threads:
             thread.start()
         with self._changed:
@@ -201,17 +204,20 @@ class ReplicaPool:
 
     def _follow_replicas(self) -> None:
         while not self._stop.is_set():
+            self._health.beat(PROBES)
             try:
                 self._probe_due()
                 self._close_left()
             except Exception:  # the thread's top frame: the replicas stay as they are, and the fault is seen
                 log.exception("probing Triton's replicas failed")
             self._stop.wait(_TICK_S)
+        self._health.retire(PROBES)
 
     def _probe_due(self) -> None:
         with self._changed:
             due = [(replica, self._clients[replica]) for replica in self._balance.due(time.monotonic())]
         for replica, client in due:
+            self._health.beat(PROBES)
             finding, words = self._probe(client)
             if self._stop.is_set():
                 return

@@ -80,6 +80,7 @@ class Sink:
         except KafkaError as error:
             self._abandon()
             raise unreachable(self._settings, error) from None
+        self._health.beat(_STAGE)
         self._thread.start()
 
     @property

@@ -112,6 +112,7 @@ class TriggerReader:
     def start(self) -> None:
         """Begin to hand triggers over."""
         if self._consumer is not None:
+            self._health.beat(_STAGE)
             self._thread.start()
 
     def settled(self, receipt: tuple[int, int]) -> None:

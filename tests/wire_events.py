@@ -28,6 +28,7 @@ from pipeline.types import (
     Verdict,
     ViewVerdict,
 )
+from pipeline.wire import HeartbeatData, WorkerCameraData, WorkerModelData, WorkerStageData
 
 PLACE = Place("site", "area", "l1", worker="host-20261123T120000", budget_ms=2000.0)
 AT = datetime(2026, 11, 23, 12, 0, 1, 500_000, tzinfo=UTC)
@@ -78,6 +79,32 @@ PARTS = {
 }
 
 
+def heartbeat(state="running", **fields):
+    """Give what a worker says of itself; keywords replace fields."""
+    said = {
+        "worker": PLACE.worker,
+        "host": "host",
+        "line": "l1",
+        "state": state,
+        "interval_s": 10.0,
+        "uptime_s": 99.5,
+        "stages": [WorkerStageData(name="judge", age_s=0.03)],
+        "stalled": [],
+        "not_ready": ["triton"],
+        "cameras": [WorkerCameraData(camera_id="c1", station="s1", state=state, reason="") for state in CameraState],
+        "parts_open": 1,
+        "parts_undelivered": 0,
+        "unacknowledged": 7,
+        "models": [
+            WorkerModelData(
+                product_id="tray", version="1", sha256="ab" * 32, threshold_version=7, threshold_source=source.value
+            )
+            for source in ThresholdSource
+        ],
+    }
+    return HeartbeatData(**(said | fields))
+
+
 def sent(mode, place=PLACE) -> Iterator[tuple[str, str, Event]]:
     """Give every kind of event that a line sends: what it is, the name of its schema, and the event."""
     encoder = Encoder(place, mode)
@@ -91,3 +118,5 @@ def sent(mode, place=PLACE) -> Iterator[tuple[str, str, Event]]:
             yield name, "audit.v1.json", encoder.audit(stray, AT)
     for state in CameraState:
         yield f"status.v1 {state.value}", "status.v1.json", encoder.status("c1", state, "timeout", AT)
+    for said in ("running", "stopping"):
+        yield f"heartbeat {said}", "heartbeat.v1.json", encoder.heartbeat(heartbeat(said, epoch=3), AT)

@@ -44,6 +44,7 @@ missing_packages() {
     [ -s "$KAFKA_STAMP" ] || command -v mvn >/dev/null || echo maven
     command -v redis-server >/dev/null || echo redis-server
     command -v openssl >/dev/null || echo openssl # certificates of the tests
+    has_postgresql || echo postgresql
     command -v arv-fake-gv-camera-0.8 >/dev/null || echo aravis-tools
     has_aravis || echo gir1.2-aravis-0.8
     missing_gstreamer
@@ -55,6 +56,11 @@ has_libpython() {
   "$PYTHON" -c 'import sys, sysconfig, pathlib as p
 sys.exit(not (p.Path(sysconfig.get_config_var("LIBDIR")) / "libpython3.11.so.1.0").exists())' ||
     ldconfig -p | grep -q 'libpython3\.11\.so\.1\.0'
+}
+
+# The tests of the example MES start a server of their own from it.
+has_postgresql() {
+  compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null
 }
 
 has_java() {
@@ -102,8 +108,9 @@ install_packages() {
 
 # Services of the new packages are neither started now (policy-rc.d) nor at the next boot; one that was there is left.
 apt_install() {
-  local policy=/usr/sbin/policy-rc.d had_redis=yes
-  command -v redis-server >/dev/null || had_redis=no
+  local policy=/usr/sbin/policy-rc.d service new=()
+  command -v redis-server >/dev/null || new+=(redis-server)
+  has_postgresql || new+=(postgresql)
   if [ ! -e "$policy" ]; then
     printf '#!/bin/sh\nexit 101\n' | "${SUDO[@]}" tee "$policy" >/dev/null
     "${SUDO[@]}" chmod 755 "$policy"
@@ -111,8 +118,10 @@ apt_install() {
   fi
   quietly "${SUDO[@]}" apt-get update -qq || say "apt-get update failed; going on with the lists that are here"
   quietly "${SUDO[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" || return 1
-  if [ "$had_redis" = no ] && [ -d /run/systemd/system ]; then
-    "${SUDO[@]}" systemctl disable --quiet redis-server || true
+  if [ -d /run/systemd/system ]; then
+    for service in "${new[@]}"; do
+      "${SUDO[@]}" systemctl disable --quiet "$service" || true
+    done
   fi
 }
 

@@ -43,8 +43,7 @@ class Desk:
         )
 
     def _put(self, *events, final=None, otherwise=None):
-        """Take events as an outbox does that stores them."""
-        del otherwise
+        del otherwise  # for a disk that does not take them
         if final is not None:
             final()
         for event in events:

@@ -32,6 +32,26 @@ def test_parts_are_conserved(metrics, make_part):
     assert {s.labels["verdict"]: s.value for s in samples} == {judgement.value: 1.0 for judgement in Judgement}
 
 
+def test_a_part_without_a_verdict_can_be_alarmed_on(metrics, make_part):
+    """Per station, triggered = verdicts + open at rest; a part that is neither open nor judged makes the difference."""
+    value = metrics.registry.get_sample_value
+
+    def unaccounted(station):
+        triggered = value("inspection_parts_triggered_total", {"station": station})
+        found = [sample for metric in metrics.registry.collect() for sample in metric.samples]
+        given = sum(s.value for s in found if s.name == "inspection_parts_total" and s.labels["station"] == station)
+        return triggered - given - value("inspection_parts_open", {"station": station})
+
+    metrics.triggered("s1", 3)
+    metrics.triggered("s2", 1)
+    metrics.parts_open({"s1": 3, "s2": 1})
+    assert (unaccounted("s1"), unaccounted("s2")) == (0, 0)
+    metrics.verdict(make_part())
+    metrics.parts_open({"s1": 1, "s2": 1})  # one of three judged, one open: the third is lost
+    assert (unaccounted("s1"), unaccounted("s2")) == (1, 0)
+    assert [station.open for station in metrics.snapshot().stations] == [1, 1]
+
+
 def test_an_event_that_did_not_arrive_is_counted_as_what_it_was(metrics):
     """Only part verdicts count as acknowledged or lost parts; every event counts in Prometheus."""
     metrics.acknowledged(is_part=True)
