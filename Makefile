@@ -10,21 +10,21 @@ COMPILE = $(UV) pip compile --quiet --generate-hashes --no-emit-index-url --no-h
 	--python-platform x86_64-manylinux_2_35 $(UV_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type bench images sbom stack-up stack-down lock clean
+.PHONY: help setup demo test lint type chart bench images sbom stack-up stack-down lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r verb what; do \
 		printf '  make %-12s %s\n' "$$verb" "$$what"; done
 
-setup: ## install what is missing: system packages, the three environments, the Kafka broker
-	@$(SETUP) line triton training stack
+setup: ## install what is missing: system packages, the three environments, the Kafka broker, helm
+	@$(SETUP) line triton training stack chart
 
 demo: ## 60 s of four simulated cameras; SOURCE=<address, video or folder> PRODUCT=<name> for your own pictures
 	@$(SETUP) line triton stack
 	.venv/bin/python deploy/local/demo.py $(if $(SOURCE),--source "$(SOURCE)") $(if $(PRODUCT),--product "$(PRODUCT)")
 
 test: ## every check and every test, against the real Triton, Kafka, Redis and RTSP
-	@$(SETUP) line triton training stack
+	@$(SETUP) line triton training stack chart
 	@$(MAKE) --no-print-directory lint type
 	.venv/bin/pytest tests/unit/pipeline tests/contract tests/integration tests/e2e tests/unit/models_repo
 	.venv-training/bin/pytest tests/unit/training
@@ -39,6 +39,12 @@ type: ## mypy, strict
 	.venv/bin/mypy
 	.venv/bin/mypy deploy/local deploy/docker deploy/examples/mes tests/benchmarks
 	.venv-training/bin/mypy training
+
+chart: ## write what is generated in the chart, then lint it and test it against Kubernetes' schemas and promtool
+	@$(SETUP) line chart
+	.venv/bin/python deploy/local/chart.py
+	.venv/bin/pytest tests/contract/test_chart_templates.py tests/contract/test_chart_values.py \
+		tests/contract/test_chart_policy.py tests/contract/test_chart_monitoring.py
 
 bench: ## measure the line and the served model against the limit of this machine; leaves the stack up
 	@$(SETUP) line triton training stack

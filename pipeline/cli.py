@@ -26,6 +26,7 @@ from pipeline.cli_cameras import cameras_app
 from pipeline.cli_plan import plan
 from pipeline.cli_reconcile import reconcile
 from pipeline.cli_thresholds import threshold_doubts, thresholds_app
+from pipeline.cli_topics import topics_app
 from pipeline.errors import CheckError, LineError
 from pipeline.health import Health
 from pipeline.inference import InferenceClient
@@ -45,6 +46,7 @@ from pipeline.terminal import (
     stdout,
 )
 from pipeline.threshold_store import ThresholdStore
+from pipeline.trial import try_verdicts
 from pipeline.types import CameraState
 from pipeline.wire import schemas
 
@@ -60,6 +62,7 @@ for name, group in (
     ("verdicts", verdicts_app),
     ("config", config_app),
     ("deepstream", deepstream_app),
+    ("topics", topics_app),
 ):
     app.add_typer(group, name=name)
 app.command("plan")(plan)
@@ -119,7 +122,13 @@ def run(
 
 
 @app.command()
-def check(config: Config = CONFIG_FILE, as_json: Json = False) -> None:
+def check(
+    config: Config = CONFIG_FILE,
+    verdict: Annotated[
+        bool, typer.Option("--verdict", help="Besides, judge a grey picture of each product, up to its event on Kafka.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Try everything a run needs, once: the file, the manifests, Triton's signatures, Redis and Kafka."""
     logs.configure(level="error")
     settings = configuration.load(config)
@@ -146,6 +155,8 @@ def check(config: Config = CONFIG_FILE, as_json: Json = False) -> None:
     if settings.pool is not None:
         table, partitions = PoolTopic(settings.kafka).read()
         done.append(f"camera pools: {len(table)} cameras in {partitions} partitions")
+    if verdict:
+        done += try_verdicts(settings, {manifest.product: manifest for manifest in fit})
     lines = [*(f"good  {what}" for what in done), *(f"look  {doubt}" for doubt in doubts)]
     answer({"ok": True, "checked": done, "doubts": doubts}, as_json, "\n".join(lines))
 

@@ -13,13 +13,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import grpc
 import structlog
 from tritonclient.grpc import InferenceServerClient
 
 from pipeline.balance import Balance, Fault, Finding, Replica, Standing
-from pipeline.errors import DependencyError, ModelMismatchError
+from pipeline.errors import ConfigError, DependencyError, ModelMismatchError
 from pipeline.health import Health
 from pipeline.metrics import Metrics
+from pipeline.servers import Tls
 from pipeline.servers import Triton as TritonSettings
 
 Probe = Callable[[InferenceServerClient], tuple[Finding, str]]
@@ -64,6 +66,7 @@ class ReplicaPool:
         self._metrics = metrics
         self._health = health
         self._resolve = resolve
+        self._credentials: grpc.ChannelCredentials | None = None
         self._balance = Balance()
         self._clients: dict[Replica, InferenceServerClient] = {}
         self._known: dict[str, Sequence[str]] = {}
@@ -78,8 +81,11 @@ class ReplicaPool:
     def start(self) -> None:
         """Find and probe every replica; returns when each has been probed and one can be used.
 
-        Raises DependencyError when none can within the start's time, ModelMismatchError when one serves another model.
+        Raises DependencyError when none can within the start's time, ModelMismatchError when one serves another model,
+        ConfigError for a file of `tls` that cannot be read.
         """
+        if self._settings.tls is not None:
+            self._credentials = _credentials(self._settings.tls)
         self._health.beat(PROBES)
         for thread in self._threads:
             thread.start()
@@ -178,12 +184,21 @@ class ReplicaPool:
                 return
             joined, left = self._balance.see(addresses)
             for replica in joined:
-                self._clients[replica] = InferenceServerClient(replica.address, channel_args=CHANNEL)
+                self._clients[replica] = self._connect(replica.address)
                 log.info("Triton replica found", replica=replica.address)
             for replica in left:
                 log.info("Triton replica has left", replica=replica.address)
             self._report_up()
             self._changed.notify_all()
+
+    def _connect(self, address: str) -> InferenceServerClient:
+        """Make a channel. By TLS the replica has to prove the name that it was found by: its address is a number."""
+        if self._credentials is None:
+            return InferenceServerClient(address, channel_args=CHANNEL)
+        name = next(name for name, addresses in self._known.items() if address in addresses)
+        host = name.rpartition(":")[0].strip("[]")
+        own = [("grpc.ssl_target_name_override", host), ("grpc.default_authority", host)]
+        return InferenceServerClient(address, ssl=True, creds=self._credentials, channel_args=[*CHANNEL, *own])
 
     # Thread for probes
 
@@ -259,6 +274,16 @@ class ReplicaPool:
         if any(replica.standing is Standing.REFUSED for replica in bad):
             raise ModelMismatchError(words, hint=_MISMATCH)
         raise DependencyError(words, hint=_UNREACHABLE)
+
+
+def _credentials(tls: Tls) -> grpc.ChannelCredentials:
+    try:
+        parts = [
+            None if path is None else path.read_bytes() for path in (tls.ca_file, tls.key_file, tls.certificate_file)
+        ]
+    except OSError as error:
+        raise ConfigError(f"triton.tls: {error.filename}: {error.strerror}", hint="a file in PEM") from None
+    return grpc.ssl_channel_credentials(*parts)
 
 
 def resolve(name: str) -> list[str]:

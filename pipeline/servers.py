@@ -16,12 +16,31 @@ from pipeline.cameras import Block, Positive, without_credentials
 _ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 
 
+class Tls(Block):
+    """How a server is known, and how it knows the line. Every certificate and its name are checked, always."""
+
+    ca_file: Path | None = None
+    """Authorities that vouch for the server, in PEM. Unset: those of this machine."""
+    certificate_file: Path | None = None
+    """Certificate of this line, in PEM, where the server asks for one."""
+    key_file: Path | None = None
+    """Its key, in PEM, without a password."""
+
+    @model_validator(mode="after")
+    def _are_a_pair(self) -> Tls:
+        if (self.certificate_file is None) is not (self.key_file is None):
+            raise ValueError("`certificate_file` and `key_file` go together")
+        return self
+
+
 class Triton(Block):
     """The inference server."""
 
     address: str | list[str] = "127.0.0.1:18001"
     """gRPC address, `host:port`, or a list of them. Every address that a name stands for is a replica: name a headless
     service of Kubernetes, not one with an address of its own."""
+    tls: Tls | None = None
+    """Speak TLS; the server's certificate is for the name in `address`. Unset: plain text."""
     resolve_interval_s: Positive = 10.0
     """How often names are looked up again: a new replica gets its share, and one that is gone is left, this much later
     at most, and a probe of it."""
@@ -46,23 +65,6 @@ class Triton(Block):
     def addresses(self) -> list[str]:
         """The addresses, each once, as they are written."""
         return list(dict.fromkeys([self.address] if isinstance(self.address, str) else self.address))
-
-
-class Tls(Block):
-    """How a server is known, and how it knows the line. Every certificate and its name are checked, always."""
-
-    ca_file: Path | None = None
-    """Authorities that vouch for the server, in PEM. Unset: those of this machine."""
-    certificate_file: Path | None = None
-    """Certificate of this line, in PEM, where the server asks for one."""
-    key_file: Path | None = None
-    """Its key, in PEM, without a password."""
-
-    @model_validator(mode="after")
-    def _are_a_pair(self) -> Tls:
-        if (self.certificate_file is None) is not (self.key_file is None):
-            raise ValueError("`certificate_file` and `key_file` go together")
-        return self
 
 
 class Sasl(Block):

