@@ -15,13 +15,14 @@ import threading
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import structlog
 
 from pipeline.batcher import Batcher
 from pipeline.config import LineConfig
 from pipeline.errors import ConfigError, DependencyError, LineError
-from pipeline.events import Encoder, Place
+from pipeline.events import Encoder, Place, decode, inspection_id
 from pipeline.evidence import Evidence
 from pipeline.health import Health, HealthPage
 from pipeline.heartbeat import Heartbeat
@@ -30,7 +31,7 @@ from pipeline.judge import TICK_S, Judge
 from pipeline.manifest import Manifest, products_in, read_manifest
 from pipeline.metrics import LineSnapshot, Metrics
 from pipeline.newcomers import Newcomers
-from pipeline.outbox import Outbox
+from pipeline.outbox import Outbox, read_stored
 from pipeline.parts import Parts
 from pipeline.pool import CameraPool
 from pipeline.readers import Readers
@@ -94,6 +95,7 @@ class Line:
         self._newcomers = Newcomers(config.triton.models_repo, self._manifests, self._inference, self._thresholds)
         self._dispatcher = threading.Thread(target=self._dispatch, name="dispatcher", daemon=True)
         self._page: HealthPage | None = None
+        self._told: frozenset[str] = frozenset()
 
     def start(self) -> None:
         """Reach every dependency, then start the cameras. Raises DependencyError or CheckError; nothing stays up."""
@@ -101,6 +103,7 @@ class Line:
             for product in self._inference.start(optional=self._manifests.keys() - set(self._config.products)):
                 del self._manifests[product]
             self._thresholds.start()
+            self._told = stored_inspections(self._config.outbox.dir)
             self._outbox.start()
             self._start_evidence()
             if self._pool is not None:
@@ -267,6 +270,12 @@ class Line:
         self._infer(self._judge.accept(frame))
 
     def _triggered(self, trigger: Trigger) -> None:
+        place, part = self._place, trigger
+        if inspection_id(place.source, part.station, part.part_id, None, part.meas_id) in self._told:
+            # Judged by the run before, whose place in the topic was not kept: its verdict lies in the outbox.
+            self.metrics.trigger("duplicate")
+            self._triggers.settled(trigger.receipt)
+            return
         self._infer(self._judge.trigger(replace(trigger, epoch=self.cameras.epoch)))
 
     def _infer(self, frames: list[Frame]) -> None:
@@ -313,6 +322,18 @@ class Line:
             self._batcher.service_s += _SERVICE_WEIGHT * (took_s - self._batcher.service_s)
         for inference in inferences:
             self._judge.put(inference)
+
+
+def stored_inspections(folder: Path | None) -> frozenset[str]:
+    """Give the ids of the parts whose verdict an earlier run left in the outbox of that folder."""
+    if folder is None or not folder.is_dir():
+        return frozenset()
+    try:
+        parts = [event for event in read_stored(folder) if event.is_part]
+    except OSError as error:
+        log.error("outbox not read: triggers may be told twice", folder=str(folder), error=error.strerror)
+        return frozenset()
+    return frozenset(str(decode(part.value, dict(part.headers))["attributes"]["id"]) for part in parts)
 
 
 def read_manifests(config: LineConfig) -> dict[str, Manifest]:
