@@ -1,0 +1,42 @@
+"""No verdict is lost, doubled, out of order or an unfounded OK, whatever happens to the line: the named cases."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from integration.faults.cases import CASES, QUICK
+from integration.faults.run import Bench, Case, Run
+from integration.faults.table import Row
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
+_MOST_BREACHES_SHOWN = 20
+
+
+def _parameter(case: Case) -> Any:
+    marks = [pytest.mark.fault_case] + ([] if case.name in QUICK else [pytest.mark.long])
+    return pytest.param(case, id=case.name, marks=marks)
+
+
+@pytest.mark.parametrize("case", [_parameter(case) for case in CASES])
+def test_every_part_has_one_verdict(
+    case: Case, bench: Bench, limits: Any, seed: int, rows: list[Row], tmp_path: Path
+) -> None:
+    """A consumer that knows every part finds one verdict of each, in order, no unfounded OK; and the line recovers."""
+    limits(all_bad=case.shape == "free run")
+    began_s = time.monotonic()
+    run = Run(bench, case, tmp_path, f"{seed}:{case.name}")
+    account, failure = None, "did not come to its end"
+    try:
+        account = run.go()
+        failure = "; ".join(sorted(account.rules()))
+        if not failure and run.exit_code != 0:
+            failure = f"the worker drained with exit code {run.exit_code}"
+    finally:
+        bench.servers.heal()
+        rows.append(Row(case.name, case.tells, account, run.worker.lives, time.monotonic() - began_s, failure))
+    assert not failure, "\n".join([failure, *account.breaches[:_MOST_BREACHES_SHOWN], f"log: {tmp_path}/worker.log"])
+    assert account.parts > 0
+    assert account.judged > 0

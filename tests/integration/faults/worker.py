@@ -1,0 +1,187 @@
+"""The worker under fault: `logicrd run` as a process that is killed, held and started again, as an orchestrator would.
+
+Its log goes on over its lives, and so do the numbers of the parts that it finds in a folder: each life has a folder of
+its own, because what a killed worker has read it does not read again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from integration.faults.servers import children
+from line_process import wait_until
+from processes import ChildProcess
+
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+PARTS_A_LIFE = 10_000
+_PICTURES_A_LIFE = 4_000
+_START_TIMEOUT_S = 240.0
+_END_TIMEOUT_S = 120.0
+
+
+class Worker:
+    """One worker over all its lives, from the main thread."""
+
+    def __init__(self, folder: Path, document: dict[str, Any], *, pictures: list[Path], clock: bool = False) -> None:
+        """`document` is the line file; a camera without a `path` gets a folder of numbered pictures for each life.
+
+        `clock`: run it under a clock that `set_clock` moves.
+        """
+        self._folder = folder
+        self._document = document
+        self._pictures = pictures
+        self._clock = folder / "clock" if clock else None
+        self._log = folder / "worker.log"
+        self._process: ChildProcess | None = None
+        self._life_begins = 0
+        self.lives = 0
+        self.died_unasked = 0
+        self.killed_at: dict[int, float] = {}
+        """When a life was ended by SIGKILL, in seconds since the epoch, by its number."""
+
+    def start(self) -> None:
+        """Begin a life; it is at work when `is_at_work` says so."""
+        self.lives += 1
+        self._life_begins = self._log.stat().st_size if self._log.exists() else 0
+        command = [sys.executable, "-m", "pipeline.cli", "run", "-c", str(self._write()), "--no-until-end", "--json"]
+        with self._log.open("ab") as log:
+            self._process = ChildProcess(command, self._environment(), log)
+
+    @property
+    def is_down(self) -> bool:
+        """Whether it was ended on purpose and not started again."""
+        return self._process is None
+
+    def tend(self) -> None:
+        """Start it again when it has ended by itself, as an orchestrator does with a worker that finds no server."""
+        if self._process is not None and self._process.exit_code() is not None:
+            self.died_unasked += 1
+            self._process.end(0.0)
+            self.start()
+
+    def wait(self) -> None:
+        """Wait until it is at work."""
+
+        def at_work() -> bool:
+            self.tend()
+            return self.is_at_work
+
+        wait_until(at_work, _START_TIMEOUT_S, f"a worker at work ({self._log})")
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether this life has opened its cameras."""
+        with self._log.open("rb") as log:
+            log.seek(self._life_begins)
+            return b'"line started"' in log.read()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        assert self._process is not None
+        self.killed_at[self.lives] = time.time()
+        os.kill(self._process.pid, signal.SIGKILL)
+        self._process.end(time.monotonic() + 5)
+        self._process = None
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM; goes on at once."""
+        assert self._process is not None
+        self._process.ask_to_stop()
+
+    def drain(self) -> int:
+        """SIGTERM, and wait for its end; gives its exit code."""
+        assert self._process is not None
+        self._process.ask_to_stop()
+        wait_until(lambda: self._exit_code is not None, _END_TIMEOUT_S, f"a drained worker ({self._log})")
+        code = self._exit_code
+        self._process.end(0.0)
+        self._process = None
+        assert code is not None
+        return code
+
+    def end(self) -> None:
+        """Leave nothing behind, whatever happened."""
+        if self._process is not None:
+            self._process.end(0.0)
+            self._process = None
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Hold it and its helpers as a hung machine would."""
+        assert self._process is not None
+        pids = [self._process.pid, *children(self._process.pid)]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+    def set_clock(self, offset_s: float) -> None:
+        """Move its clock this far from the machine's."""
+        assert self._clock is not None
+        beside = self._clock.with_suffix(".new")
+        beside.write_text(f"{offset_s:+.0f}s\n")
+        beside.replace(self._clock)
+
+    def log(self) -> str:
+        """All that it said, over its lives."""
+        return self._log.read_text(errors="replace")
+
+    def words(self) -> list[tuple[float, str, str]]:
+        """When it said of which part of which station that it was judged, for all but OK ones; by its own clock."""
+        found = []
+        for line in self.log().splitlines():
+            if line.startswith("{") and '"event": "part"' in line:
+                said = json.loads(line)
+                at = datetime.fromisoformat(said["timestamp"]).timestamp()
+                found.append((at, said["station"], said["part"]))
+        return found
+
+    @property
+    def _exit_code(self) -> int | None:
+        return None if self._process is None else self._process.exit_code()
+
+    def _environment(self) -> dict[str, str]:
+        if self._clock is None:
+            return {}
+        if not self._clock.exists():
+            self.set_clock(0)
+        return {
+            "LD_PRELOAD": str(FAKETIME),
+            "FAKETIME_TIMESTAMP_FILE": str(self._clock),
+            "FAKETIME_CACHE_DURATION": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "FAKETIME_DONT_RESET": "1",
+        }
+
+    def _write(self) -> Path:
+        """Write the line file of this life."""
+        cameras = [
+            camera if "path" in camera else {**camera, "path": str(self._numbered())}
+            for camera in self._document["cameras"]
+        ]
+        path = self._folder / "line.yaml"
+        path.write_text(yaml.safe_dump({**self._document, "cameras": cameras}))
+        return path
+
+    def _numbered(self) -> Path:
+        """Make this life's folder: `part-<number>.jpg`, which go round the pictures."""
+        folder = self._folder / f"life-{self.lives}"
+        if not folder.exists():
+            folder.mkdir()
+            for index in range(_PICTURES_A_LIFE):
+                number = self.lives * PARTS_A_LIFE + index
+                (folder / f"part-{number:08}.jpg").symlink_to(self._pictures[number % len(self._pictures)])
+        return folder
