@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-_SAME_SCORE = 0.02
-"""How far the score of one picture may be from run to run: batches of another size round otherwise."""
+_SAME_SCORE = 0.01
+"""How far a score may be from what its picture is known to score: the models round."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Part:
     number: int
     certain: bool = True
     """False: it may have been under way when its worker was killed, so that no verdict of it is no breach."""
-    score: float | None = None
-    """What its picture scores on a quiet line; None where that is not known."""
+    scores: tuple[float, ...] = ()
+    """What its picture may score: one value where the part has a picture of its own; () where that is not known."""
     triggered_at: float | None = None
     """Seconds since the epoch; None where that is not known."""
 
@@ -77,9 +77,7 @@ class Account:
         return {breach.partition(":")[0] for breach in self.breaches}
 
 
-def check(
-    parts: Sequence[Part], verdicts: Sequence[Verdict], *, dark: Iterable[tuple[float, float]] = ()
-) -> Account:
+def check(parts: Sequence[Part], verdicts: Sequence[Verdict], *, dark: Iterable[tuple[float, float]] = ()) -> Account:
     """Hold what was received against what existed.
 
     `dark` are spans of time (seconds since the epoch) in which nothing could be judged. `parts` are in the order of
@@ -128,7 +126,8 @@ def _shared_ids(verdicts: Iterable[Verdict], first: Mapping[tuple[str, str], Ver
     for verdict in verdicts:
         other = first[verdict.source, verdict.id]
         if (other.key, other.number) != (verdict.key, verdict.number):
-            yield f"shared id: {verdict.id} is of part {other.number} of {other.key} and {verdict.number} of {verdict.key}"
+            places = f"part {other.number} of {other.key} and {verdict.number} of {verdict.key}"
+            yield f"shared id: {verdict.id} is of {places}"
 
 
 def _out_of_order(parts: Sequence[Part], first: Iterable[Verdict]) -> Iterator[str]:
@@ -164,19 +163,27 @@ def _unfounded(verdict: Verdict, part: Part | None, dark: Iterable[tuple[float, 
     if verdict.lacks_view:
         yield f"{name} lacks a required view"
     for view in verdict.views:
-        if view.verdict != "OK":
-            yield f"{name} has a view that is {view.verdict}"
-        if view.score is None or not math.isfinite(view.score):
-            yield f"{name} has no score"
-        elif view.review is None or not view.score < view.review:
-            yield f"{name} scores {view.score}, and the limit is {view.review}"
-        elif part is not None and part.score is not None and abs(view.score - part.score) > _SAME_SCORE:
-            yield f"{name} scores {view.score}, and its picture {part.score}"
+        yield from (f"{name} {fault}" for fault in _faults(view, () if part is None else part.scores))
     if part is None or part.triggered_at is None or verdict.decided_at is None:
         return
     for begin, end in dark:
         if begin < part.triggered_at <= verdict.decided_at < end:
             yield f"{name} was triggered and decided while nothing could be judged"
+
+
+def _faults(view: View, scores: tuple[float, ...]) -> Iterator[str]:
+    if view.verdict != "OK":
+        yield f"has a view that is {view.verdict}"
+    if view.score is None or not math.isfinite(view.score):
+        yield "has no score"
+    elif view.review is None or not view.score < view.review:
+        yield f"scores {view.score}, and the limit is {view.review}"
+    elif not _is_among(view.score, scores):
+        yield f"scores {view.score}, and its picture {scores}"
+
+
+def _is_among(score: float, scores: tuple[float, ...]) -> bool:
+    return not scores or any(abs(score - known) <= _SAME_SCORE for known in scores)
 
 
 def verdict_of(event: Mapping[str, Any], number: int) -> Verdict:

@@ -162,7 +162,7 @@ def backend_killed() -> Fault:
 
     def fault(run: Run) -> None:
         server = run.servers["triton"]
-        for pid in children(server.pid, "mahalanobis")[:1]:
+        for pid in children(server.pid)[:1]:
             os.kill(pid, signal.SIGKILL)
         run.pause(1.0, 3.0)
         killed("triton", (0.0, 0.5))(run)
@@ -281,22 +281,22 @@ def disk_full(seconds: Seconds = A_MOMENT) -> Fault:
     """No byte left."""
 
     def fault(run: Run) -> None:
-        run.fill_disk()
+        run.disk.fill()
         run.pause(*seconds)
-        run.free_disk()
+        run.disk.heal()
 
     return fault
 
 
 def disk_read_only_at_start(seconds: Seconds = A_MOMENT) -> Fault:
-    """SIGKILL, and a worker that finds its disk read-only, as the kernel makes one that errs; good again after a time."""
+    """SIGKILL, and a worker that finds its disk read-only, as the kernel makes one that errs; then it is good again."""
 
     def fault(run: Run) -> None:
         run.worker.kill()
-        run.remount_disk("ro")
+        run.disk.remount("ro")
         run.worker.start()
         run.pause(*seconds)
-        run.remount_disk("rw")
+        run.disk.heal()
 
     return fault
 

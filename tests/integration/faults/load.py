@@ -77,13 +77,12 @@ class Topic:
 class Load:
     """Sends triggers from `start` to `finish`, one after the other to each station in turn."""
 
-    def __init__(self, address: str, line: str, stations: list[str], *, rate: float, names: list[str]) -> None:
-        """`names` are the part ids that the pictures bear: trigger n names the picture n modulo their number."""
+    def __init__(self, address: str, line: str, stations: list[str], *, rate: float) -> None:
+        """`rate` is triggers a second, over all stations."""
         self._address = address
         self._line = line
         self._stations = stations
         self._rate = rate
-        self._names = names
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="load", daemon=True)
         self._futures: list[Any] = []
@@ -128,7 +127,7 @@ class Load:
 
     def _send(self, number: int) -> None:
         data = {
-            "partId": self._names[number % len(self._names)],
+            "partId": f"part-{number}",
             "measId": str(number),
             "station": self._stations[number % len(self._stations)],
             "line": self._line,

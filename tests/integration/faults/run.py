@@ -6,8 +6,8 @@ every part, drains the worker, and hands parts and verdicts to the checker.
 
 from __future__ import annotations
 
+import math
 import random
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from integration.faults.checker import Account, Part, Verdict, check, verdict_of
+from integration.faults.disk import Disk
 from integration.faults.load import TRIGGERS, VERDICTS, Load, Topic, triggers
+from integration.faults.pictures import VIDEO_LEVELS, level_of
 from integration.faults.servers import MODELS, PRODUCT, Servers
 from integration.faults.worker import PARTS_A_LIFE, Worker
 from line_process import wait_until
@@ -26,7 +28,9 @@ from pipeline.events import decode
 Shape = Literal["triggered", "two views", "two stations", "free run"]
 Fault = Callable[["Run"], None]
 
-RATE = 5.0
+RATE = 6.0
+"""Parts a second."""
+_FILM_RATE = 10.0
 _STATIONS: dict[Shape, list[str]] = {
     "triggered": ["trays"],
     "two views": ["trays"],
@@ -40,7 +44,6 @@ _SETTLE_TIMEOUT_S = 120.0
 _DARK_MARGIN_S = 0.3
 # A verdict is on disk this much after the worker has spoken of it, at the latest; generous, for a busy machine.
 _DURABLE_AFTER_S = 3.0
-_DISK_MB = 16
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,20 @@ class Case:
     shape: Shape = "triggered"
     settings: dict[str, Any] = field(default_factory=dict)
     clock: bool = False
+    """Whether the worker runs under a clock that can be moved."""
+    disk: bool = False
+    """Whether it needs a small disk."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all runs share: the servers, and pictures of known scores between two limits."""
+    """What all runs share: the servers, the film of triggered cameras, the pictures of free-running ones."""
 
     servers: Servers
-    pictures: dict[str, Path]
-    scores: dict[str, float]
+    film: Path
+    pictures: list[Path]
+    can_mount: bool
+    """Whether there may be a small disk."""
 
 
 class Run:
@@ -71,18 +79,15 @@ class Run:
         self.case = case
         self.rng = random.Random(seed)
         self.servers = bench.servers.by_name
-        self.disk = folder / "disk"
+        self.disk = Disk(folder / "disk", mounted=bench.can_mount)
         self.dark: list[tuple[float, float]] = []
         self.exit_code: int | None = None
         self._bench = bench
         self._outbox = outbox
         self._line = f"{case.name}-{seed.partition(':')[0]}"[:60]
-        self._names = sorted(bench.pictures)
         self._folder = folder
         self._stations = _STATIONS[case.shape]
-        self.worker = Worker(
-            folder, self._document(), pictures=[bench.pictures[name] for name in self._names], clock=case.clock
-        )
+        self.worker = Worker(folder, self._document(), pictures=bench.pictures, clock=case.clock)
 
     @property
     def is_free_run(self) -> bool:
@@ -91,10 +96,8 @@ class Run:
 
     def go(self) -> Account:
         """The whole run."""
-        with self._disk_mounted(), self._topics() as (sent, told):
-            load = Load(
-                self._bench.servers.kafka_address, self._line, self._stations, rate=RATE, names=self._names
-            )
+        with self.disk.there(), self._topics() as (sent, told):
+            load = Load(self._bench.servers.kafka_address, self._line, self._stations, rate=RATE)
             try:
                 self.worker.start()
                 self.worker.wait()
@@ -131,40 +134,12 @@ class Run:
         finally:
             self.dark.append((begin, time.time()))
 
-    def fill_disk(self) -> None:
-        """Leave no byte on the worker's disk."""
-        with (self.disk / "full").open("ab", buffering=0) as file:
-            for size in (1 << 20, 1 << 12, 1):
-                try:
-                    while True:
-                        file.write(b"\0" * size)
-                except OSError:
-                    continue
-
-    def free_disk(self) -> None:
-        """Make room again."""
-        (self.disk / "full").unlink(missing_ok=True)
-
-    def remount_disk(self, mode: Literal["ro", "rw"]) -> None:
-        """Make the worker's disk read-only, while nobody writes to it, or good again."""
-        subprocess.run(["mount", "-o", f"remount,{mode}", str(self.disk)], check=True)
-
     def _heal(self) -> None:
-        self.remount_disk("rw")
-        self.free_disk()
+        self.disk.heal()
         self._bench.servers.heal()
         if self.worker.is_down:
             self.worker.start()
         self.worker.wait()
-
-    @contextmanager
-    def _disk_mounted(self) -> Iterator[None]:
-        self.disk.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK_MB}m", "tmpfs", str(self.disk)], check=True)
-        try:
-            yield
-        finally:
-            subprocess.run(["umount", "--lazy", str(self.disk)], check=True)
 
     @contextmanager
     def _topics(self) -> Iterator[tuple[Topic, Topic]]:
@@ -183,13 +158,11 @@ class Run:
         seen = len(self._verdicts(told))
 
         def judged() -> bool:
+            time.sleep(0.2)
             self.worker.tend()
             new = self._verdicts(told)[seen:]
-            last = {key: [each for each in new if each.key == key][-_JUDGED_AGAIN:] for key in self._keys}
-            return all(
-                len(few) == _JUDGED_AGAIN and all(each.verdict != "UNINSPECTED" for each in few)
-                for few in last.values()
-            )
+            last = {key: [each.verdict for each in new if each.key == key][-_JUDGED_AGAIN:] for key in self._keys}
+            return all(len(few) == _JUDGED_AGAIN and "UNINSPECTED" not in few for few in last.values())
 
         wait_until(judged, _RECOVER_TIMEOUT_S, what)
 
@@ -205,10 +178,7 @@ class Run:
         verdicts = self._verdicts(told)
         if self.is_free_run:
             return check(self._parts_that_were_seen(verdicts), verdicts)
-        parts = [
-            Part(key, number, score=self._bench.scores[self._name(number)], triggered_at=at)
-            for key, number, at in triggers(sent.read())
-        ]
+        parts = [Part(key, number, scores=VIDEO_LEVELS, triggered_at=at) for key, number, at in triggers(sent.read())]
         assert acknowledged == {(part.key, part.number) for part in parts}, "the load does not know its own parts"
         dark = () if self.case.clock else tuple(self.dark)
         return check(parts, verdicts, dark=dark)
@@ -216,28 +186,29 @@ class Run:
     def _parts_that_were_seen(self, verdicts: list[Verdict]) -> list[Part]:
         """Parts of a free-running camera, by the worker's own word, in the order of their capture.
 
-        Those of which a worker spoke well before it was killed are certain; those that it may have had in its memory
-        alone are not. A worker that ended by itself has spoken of all.
+        A life's parts are certain up to the last one of which it spoke well before it was killed: verdicts of a station
+        leave in order. Later ones may have been in its memory alone. A life that ended by itself has left none.
         """
         (key,) = self._keys
-        said = {_number(part): at for at, _, part in self.worker.words()}
+        words = [(at, _number(part)) for at, _, part in self.worker.words()]
         parts = []
-        for number in sorted(said.keys() | {each.number for each in verdicts}):
-            killed_at = self.worker.killed_at.get(number // PARTS_A_LIFE)
-            certain = killed_at is None or said.get(number, killed_at) < killed_at - _DURABLE_AFTER_S
-            parts.append(Part(key, number, certain=certain))
+        for life in range(1, self.worker.lives + 1):
+            killed_at = self.worker.killed_at.get(life, math.inf)
+            said = [(at, number) for at, number in words if number // PARTS_A_LIFE == life]
+            told = [each.number for each in verdicts if each.number // PARTS_A_LIFE == life]
+            last = max([number for _, number in said] + told, default=0)
+            last_certain = max([number for at, number in said if at < killed_at - _DURABLE_AFTER_S], default=0)
+            parts += [
+                Part(key, number, certain=number <= last_certain, scores=(level_of(number),))
+                for number in range(life * PARTS_A_LIFE, last + 1)
+            ]
         return parts
 
     def _verdicts(self, told: Topic) -> list[Verdict]:
-        events = (
-            {**decode(record.value, dict(record.headers)), "key": record.key.decode()} for record in told.read()
-        )
+        events = ({**decode(record.value, dict(record.headers)), "key": record.key.decode()} for record in told.read())
         if self.is_free_run:
             return [verdict_of(event, _number(event["data"]["partId"])) for event in events]
         return [verdict_of(event, int(event["data"]["measId"])) for event in events]
-
-    def _name(self, number: int) -> str:
-        return self._names[number % len(self._names)]
 
     @property
     def _keys(self) -> list[str]:
@@ -245,14 +216,15 @@ class Run:
 
     def _document(self) -> dict[str, Any]:
         endpoints = self._bench.servers.endpoints()
-        camera: dict[str, Any] = {"type": "folder", "product": PRODUCT, "overflow": "drop_oldest"}
-        camera |= {"rate": RATE} if self.is_free_run else {"path": str(self._loop()), "rate": 2 * RATE, "loop": True}
+        camera: dict[str, Any] = {"type": "folder", "product": PRODUCT, "overflow": "drop_oldest", "rate": RATE}
+        if not self.is_free_run:
+            camera |= {"type": "video", "path": str(self._bench.film), "rate": _FILM_RATE, "loop": True}
         cameras = [
             {"id": f"{station}-{number}", "station": station, **camera}
             for station in self._stations
             for number in range(2 if self.case.shape == "two views" else 1)
         ]
-        triggered = [{"name": station, "trigger": "message", "window_ms": 60_000} for station in self._stations]
+        triggered = [{"name": station, "trigger": "message", "window_ms": 1_000} for station in self._stations]
         document: dict[str, Any] = {
             "line": self._line,
             "budget_ms": 4_000,
@@ -265,22 +237,13 @@ class Run:
                 "resolve_interval_s": 1,
             },
             "kafka": {"bootstrap": [endpoints["kafka"]], "startup_timeout_s": 60},
-            "redis": {"url": endpoints["redis"], "refresh_s": 1, "snapshot": str(self.disk / "thresholds.json")},
+            "redis": {"url": endpoints["redis"], "refresh_s": 1, "snapshot": str(self.disk.path / "thresholds.json")},
         }
         for key, value in self.case.settings.items():
             document[key] = {**document[key], **value} if isinstance(document.get(key), dict) else value
         return document
 
-    def _loop(self) -> Path:
-        """Make the folder that a camera goes round: a trigger's picture comes by again and again."""
-        folder = self._folder / "loop"
-        if not folder.exists():
-            folder.mkdir()
-            for name, path in self._bench.pictures.items():
-                (folder / name).symlink_to(path)
-        return folder
-
 
 def _number(part_id: str) -> int:
-    """The number in `part-<number>.jpg`."""
-    return int(part_id.removeprefix("part-").removesuffix(".jpg"))
+    """The number in `part-<number>.png`."""
+    return int(part_id.removeprefix("part-").removesuffix(".png"))

@@ -22,6 +22,8 @@ from processes import LOOPBACK, free_ports
 from supervisor import Component, Watched
 from triton_server import Triton, TritonPorts
 
+from pipeline.manifest import read_manifest
+
 ROOT = Path(__file__).resolve().parents[3]
 MODELS = ROOT / "models_repo"
 PRODUCT = "fastener-tray"
@@ -50,6 +52,22 @@ class ProxiedKafka(Kafka):
         lines["listener.security.protocol.map"] = "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,PROXIED:PLAINTEXT"
         lines["inter.broker.listener.name"] = "PLAINTEXT"
         return "".join(f"{key}={value}\n" for key, value in lines.items())
+
+
+def write_model(folder: Path) -> None:
+    """Write the model that Triton serves under the product's name: see `brightness_model`."""
+    manifest = read_manifest(MODELS, PRODUCT)
+    size = manifest.input
+    tensors = [("input", "image", "TYPE_UINT8", [size.height, size.width, 3])]
+    tensors += [("output", name, "TYPE_FP32", [1]) for name in ("score", "map_score", "mahalanobis")]
+    tensors += [("output", "anomaly_map", "TYPE_FP32", list(manifest.map_shape))]
+    config = f'name: "{PRODUCT}"\nbackend: "python"\nmax_batch_size: 8\ninstance_group {{ count: 1 kind: KIND_CPU }}\n'
+    config += "".join(
+        f'{kind} {{ name: "{name}" data_type: {dtype} dims: {dims} }}\n' for kind, name, dtype, dims in tensors
+    )
+    (folder / str(manifest.version)).mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(config)
+    shutil.copy(Path(__file__).with_name("brightness_model.py"), folder / str(manifest.version) / "model.py")
 
 
 class Server:
@@ -142,8 +160,7 @@ class Servers:
 
     def start(self) -> None:
         """Start all and wait until all answer."""
-        for source in (*MODELS.glob(f"{PRODUCT}*"), *MODELS.glob("teacher.*")):
-            shutil.copytree(source, self._folder / "models" / source.name)
+        write_model(self._folder / "models" / PRODUCT)
         for server in self.by_name.values():
             server.start()
         self.heal()

@@ -13,9 +13,10 @@ from integration.faults.checker import Account
 _HEAD = """\
 # The fault suite's last long run
 
-Written by `make faults`; seed {seed}, {at:%Y-%m-%d}, {machine}. {passed} of {count} cases passed, {parts} parts in all.
-`make faults SEED={seed}` does the same to the same parts in the same order; how far each process has come when it is hit
-is the machine's.
+Written by `make faults`; seed {seed}, {at:%Y-%m-%d}, {machine}.
+{passed} of {count} cases passed, {parts} parts in all.
+`make faults SEED={seed}` does the same in the same order for the same times; how far each process has come when it is
+hit is the machine's.
 
 A case passes when a consumer that knows every part finds: exactly one verdict of each after dedupe by source and id, in
 the order of the triggers per key, no gap in any worker's `sequence`, and no OK without a score of that part's own

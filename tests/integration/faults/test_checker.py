@@ -9,7 +9,7 @@ from integration.faults.checker import Part, Verdict, View, check
 
 KEY, SOURCE = "line/trays", "/site/area/line"
 GOOD = View("OK", 1.0, 2.0)
-PARTS = [Part(KEY, number, score=1.0, triggered_at=100.0 + number) for number in range(5)]
+PARTS = [Part(KEY, number, scores=(1.0, 9.0), triggered_at=100.0 + number) for number in range(5)]
 
 
 def told(number: int, **changes) -> Verdict:
@@ -82,7 +82,7 @@ def test_the_order_of_first_appearance_counts():
 
 def test_keys_have_orders_of_their_own():
     """Parts of another station may come at any time."""
-    other = [Part("line/other", 10, score=1.0)]
+    other = [Part("line/other", 10, scores=(1.0,))]
     verdicts = [told(10, key="line/other", sequence=1), *history()]
     assert check([*PARTS, *other], verdicts).breaches == []
 

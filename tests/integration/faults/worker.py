@@ -177,11 +177,11 @@ class Worker:
         return path
 
     def _numbered(self) -> Path:
-        """Make this life's folder: `part-<number>.jpg`, which go round the pictures."""
+        """Make this life's folder: `part-<number>.png`, which go round the pictures."""
         folder = self._folder / f"life-{self.lives}"
         if not folder.exists():
             folder.mkdir()
             for index in range(_PICTURES_A_LIFE):
                 number = self.lives * PARTS_A_LIFE + index
-                (folder / f"part-{number:08}.jpg").symlink_to(self._pictures[number % len(self._pictures)])
+                (folder / f"part-{number:08}.png").symlink_to(self._pictures[number % len(self._pictures)])
         return folder
