@@ -1,8 +1,9 @@
 """The composition root: builds the stages of one line, wires them with queues, starts, drains and stops them.
 
-Threads: one reader a camera -> batcher -> one dispatcher -> gRPC's own -> one judge -> one publisher, one for pictures,
-one for thresholds, one for triggers where a station asks for them, one for the pool of cameras. A part is opened when
-its frame is captured or its trigger comes, and gets exactly one verdict. Called by the command line and by tests.
+Threads: one reader a camera -> batcher -> one dispatcher -> gRPC's own -> one judge -> one for the outbox -> one
+publisher, one for pictures, one for thresholds, one for triggers where a station asks for them, one for the pool of
+cameras. A part is opened when its frame is captured or its trigger comes, and gets exactly one verdict. Called by the
+command line and by tests.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pipeline.inference import InferenceClient
 from pipeline.judge import TICK_S, Judge
 from pipeline.manifest import Manifest, products_in, read_manifest
 from pipeline.metrics import LineSnapshot, Metrics
+from pipeline.outbox import Outbox
 from pipeline.parts import Parts
 from pipeline.pool import CameraPool
 from pipeline.readers import Readers
@@ -36,6 +38,9 @@ from pipeline.triggers import TriggerReader
 from pipeline.types import Cause, Frame, Inference, Trigger
 
 _DRAIN_MARGIN_S = 1.0
+# Of the time for the end of a run: what open parts may take of it, and the pictures; the rest is for delivery.
+_JUDGING_SHARE = 0.7
+_PICTURES_S = 5.0
 _SERVICE_WEIGHT = 0.2
 
 log = structlog.get_logger(__name__)
@@ -61,8 +66,14 @@ class Line:
         self._thresholds = ThresholdCache(
             ThresholdStore(config.redis), self._manifests, config.redis, metrics=self.metrics, health=self.health
         )
-        self._sink = Sink(config.kafka, metrics=self.metrics, health=self.health)
         self._encoder = Encoder(self._place, config.kafka.content_mode)
+        self._outbox = Outbox(
+            config.outbox,
+            Sink(config.kafka, encoder=self._encoder, metrics=self.metrics, health=self.health),
+            max_held=config.kafka.max_unacknowledged,
+            metrics=self.metrics,
+            health=self.health,
+        )
         self._evidence = Evidence(config.evidence, self._manifests, self.health)
         stations = config.station_plans
         self._triggers = TriggerReader(
@@ -70,7 +81,7 @@ class Line:
             stations,
             line=config.line,
             take=self._triggered,
-            refuse=self._sink.put,
+            refuse=self._outbox.put,
             encoder=self._encoder,
             metrics=self.metrics,
             health=self.health,
@@ -81,7 +92,7 @@ class Line:
             self._thresholds,
             evidence=self._evidence,
             encoder=self._encoder,
-            sink=self._sink,
+            outbox=self._outbox,
             metrics=self.metrics,
             health=self.health,
             settled=self._triggers.settled,
@@ -94,7 +105,7 @@ class Line:
             batcher=self._batcher,
             judge=self._judge,
             encoder=self._encoder,
-            sink=self._sink,
+            outbox=self._outbox,
             metrics=self.metrics,
             health=self.health,
             take=self._accept,
@@ -115,7 +126,7 @@ class Line:
             for product in self._inference.start(optional=self._manifests.keys() - set(self._config.products)):
                 del self._manifests[product]
             self._thresholds.start()
-            self._sink.start()
+            self._outbox.start()
             self._start_evidence()
             if self._pool is not None:
                 self._pool.connect()
@@ -127,7 +138,7 @@ class Line:
             self._triggers.close()
             self._close_page()
             self._evidence.close()
-            self._sink.close()
+            self._outbox.close(time.monotonic())
             self._thresholds.close()
             self._inference.close()
             raise
@@ -157,18 +168,20 @@ class Line:
             self._pool.stop()
         self.cameras.stop()
         self._batcher.close()
-        until = time.monotonic() + self._config.budget_ms / 1e3 + _DRAIN_MARGIN_S
-        self.cameras.join(until)
+        drained_s = time.monotonic() + self._config.drain_timeout_s
+        judging_s = min(self._config.budget_ms / 1e3 + _DRAIN_MARGIN_S, self._config.drain_timeout_s * _JUDGING_SHARE)
+        judged_s = time.monotonic() + judging_s
+        self.cameras.join(judged_s)
         if self._pool is not None:
             self._pool.close()  # only now: whoever gets the cameras reads them at once
-        while self._judge.open_parts and time.monotonic() < until:
+        while self._judge.open_parts and time.monotonic() < judged_s:
             time.sleep(TICK_S)
         self._stop_dispatch.set()
         self._inference.close()
         self._dispatcher.join(2.0)
         self._judge.close()
-        self._evidence.close()
-        self._sink.close()
+        self._evidence.close(max(0.0, min(_PICTURES_S, drained_s - time.monotonic())))
+        left = self._outbox.close(drained_s)
         self._triggers.close()  # after the last acknowledgement, which moves its place
         self._thresholds.close()
         self._close_page()
@@ -179,6 +192,7 @@ class Line:
             judged=last.judged,
             acknowledged=last.acknowledged,
             undelivered=last.undelivered,
+            left_in_outbox=left.parts,
         )
         return last
 

@@ -29,6 +29,7 @@ from pipeline.cameras import (
     Block,
     Camera,
     Name,
+    Positive,
     read_secret,
 )
 from pipeline.errors import ConfigError
@@ -59,6 +60,27 @@ class Evidence(Block):
     """`ng`: overlays of NG and REVIEW parts. `all`: besides, every frame as it went to the model (lossless PNG)."""
     max_files: Annotated[int, Field(ge=1, le=1_000_000)] = 2_000
     """The oldest pictures are removed beyond this number."""
+
+
+class Outbox(Block):
+    """Events on disk until Kafka has them."""
+
+    dir: Path | None = Path("outbox")
+    """Folder on a local disk, one for each worker; null goes without: events then are lost with the worker."""
+    max_mb: Annotated[int, Field(ge=1, le=1_000_000)] = 2048
+    """Most room on disk. Beyond it no verdict is OK (cause `outbox_unavailable`); nothing stored is thrown away."""
+    max_age_h: Positive = 72.0
+    """The same once the oldest event has waited so long for Kafka."""
+
+    @property
+    def max_bytes(self) -> int:
+        """The bound on room, in bytes."""
+        return self.max_mb * 1024 * 1024
+
+    @property
+    def max_age_s(self) -> float:
+        """The bound on age, in seconds."""
+        return self.max_age_h * 3600
 
 
 class Monitoring(Block):
@@ -118,6 +140,9 @@ class LineConfig(BaseSettings):
     """Production line; first half of the Kafka key."""
     budget_ms: Annotated[float, Field(gt=0, le=600_000, allow_inf_nan=False)] = 2_000.0
     """From capture to verdict; a part not judged by then is UNINSPECTED with cause `deadline`."""
+    drain_timeout_s: Positive = 20.0
+    """Time for the whole end of a run, from the signal on: open parts get their verdicts, then events are delivered.
+    What Kafka has not got by then is left in the outbox. Kubernetes must give the pod some seconds more."""
     cameras: list[Camera] = []
     """The cameras that this worker reads, whatever the pool holds; at least one where there is no pool."""
     pool: Pool | None = None
@@ -132,6 +157,8 @@ class LineConfig(BaseSettings):
     """Server for thresholds."""
     batching: Batching = Batching()
     """Gathering of frames."""
+    outbox: Outbox = Outbox()
+    """Events on disk until Kafka has them."""
     evidence: Evidence = Evidence()
     """Pictures kept for review."""
     monitoring: Monitoring = Monitoring()
@@ -240,7 +267,7 @@ def read_yaml(path: Path, *, hint: str = "") -> object:
 
 def _rooted(config: LineConfig, root: Path) -> LineConfig:
     """Resolve the file's relative paths against the folder it lies in."""
-    blocks = {name: rooted(getattr(config, name), root) for name in ("triton", "redis", "evidence")}
+    blocks = {name: rooted(getattr(config, name), root) for name in ("triton", "redis", "evidence", "outbox")}
     pool = None if config.pool is None else rooted(config.pool, root)
     return config.model_copy(
         update={**blocks, "cameras": [rooted(camera, root) for camera in config.cameras], "pool": pool}

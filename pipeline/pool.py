@@ -47,6 +47,7 @@ _POLL_S = 0.25
 _TIMEOUT_S = 3.0
 # A worker's poll, and its wait for readers that let go.
 _LET_GO_S = 3.0
+_ACKNOWLEDGED_S = 20.0
 _STAGE = "camera pool"
 _STACK_HINT = "start it (`logicrd stack up` makes the topics too), or correct kafka.bootstrap in the line file"
 
@@ -337,7 +338,7 @@ class PoolTopic:
                         if (value is None) is removing
                     ]
                     for future in sent:
-                        future.get(timeout=self._settings.drain_timeout_s)
+                        future.get(timeout=_ACKNOWLEDGED_S)
                     if removing and any(change.moves for change in changes):
                         time.sleep(_LET_GO_S)
             finally:

@@ -58,11 +58,10 @@ class Kafka(Block):
     content_mode: Literal["binary", "structured"] = "binary"
     """CloudEvents content mode: attributes as `ce_` headers, or all in one JSON value."""
     max_unacknowledged: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
-    """Events held in memory until the broker acknowledges them; one more is refused and counted as lost."""
+    """Events held in memory: without an outbox until the broker acknowledges them, with one while the disk does not
+    take them. One more is refused and counted as lost."""
     startup_timeout_s: Positive = 10.0
     """How long the start waits for the brokers."""
-    drain_timeout_s: Positive = 20.0
-    """How long the end of a run waits for the last acknowledgements."""
 
 
 class Redis(Block):
