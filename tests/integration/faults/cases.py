@@ -65,7 +65,7 @@ def _storm(run: Run) -> None:
         killed("redis"),
         worker_killed(),
         worker_stopped(),
-        *([disk_full()] if run.disk.mounted else []),
+        *([disk_full()] if run.disk.mounted and not run.is_free_run else []),
     ]
     for first, second in (run.rng.sample(anything, 2) for _ in range(2)):
         if run.rng.random() < 0.5:

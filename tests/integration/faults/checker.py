@@ -77,9 +77,16 @@ class Account:
         return {breach.partition(":")[0] for breach in self.breaches}
 
 
-def check(parts: Sequence[Part], verdicts: Sequence[Verdict], *, dark: Iterable[tuple[float, float]] = ()) -> Account:
+def check(
+    parts: Sequence[Part],
+    verdicts: Sequence[Verdict],
+    *,
+    words: Mapping[tuple[str, int], str] | None = None,
+    dark: Iterable[tuple[float, float]] = (),
+) -> Account:
     """Hold what was received against what existed.
 
+    `words` is what the worker said of parts by key and number, once it was sure of it: a consumer must get the same.
     `dark` are spans of time (seconds since the epoch) in which nothing could be judged. `parts` are in the order of
     their triggers, per key; `verdicts` in the order of their offsets.
     """
@@ -101,6 +108,7 @@ def check(parts: Sequence[Part], verdicts: Sequence[Verdict], *, dark: Iterable[
     account.breaches += _shared_ids(verdicts, first)
     account.breaches += _out_of_order(parts, first.values())
     account.breaches += _gaps(verdicts)
+    account.breaches += _changed(first.values(), words or {})
     for verdict in verdicts:
         account.breaches += _unfounded(verdict, known.get((verdict.key, verdict.number)), tuple(dark))
     return account
@@ -151,6 +159,13 @@ def _gaps(verdicts: Iterable[Verdict]) -> Iterator[str]:
         if verdict.sequence > reached[run] + 1:
             yield f"gap: {verdict.key} goes from sequence {reached[run]} to {verdict.sequence} ({verdict.worker})"
         reached[run] = max(reached[run], verdict.sequence)
+
+
+def _changed(first: Iterable[Verdict], words: Mapping[tuple[str, int], str]) -> Iterator[str]:
+    for verdict in first:
+        word = words.get((verdict.key, verdict.number), verdict.verdict)
+        if word != verdict.verdict:
+            yield f"changed: the worker said {word} of part {verdict.number} of {verdict.key}, not {verdict.verdict}"
 
 
 def _unfounded(verdict: Verdict, part: Part | None, dark: Iterable[tuple[float, float]]) -> Iterator[str]:

@@ -7,7 +7,6 @@ plain folder, which nobody may fill.
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +30,7 @@ class Disk:
     def __init__(self, path: Path, *, mounted: bool) -> None:
         self.path = path
         self.mounted = mounted
+        self.was_full = False
 
     @contextmanager
     def there(self) -> Iterator[None]:
@@ -48,6 +48,7 @@ class Disk:
     def fill(self) -> None:
         """Leave no byte on it."""
         assert self.mounted, "a plain folder is not filled"
+        self.was_full = True
         with (self.path / "full").open("ab", buffering=0) as file:
             for size in (1 << 20, 1 << 12, 1):
                 with suppress(OSError):
@@ -63,8 +64,3 @@ class Disk:
     def remount(self, mode: Literal["ro", "rw"]) -> None:
         """Make it read-only, while nobody has a file open for writing, or writable."""
         subprocess.run(["mount", "-o", f"remount,{mode}", str(self.path)], check=True)
-
-    def free_bytes(self) -> int:
-        """How much room there is."""
-        stat = os.statvfs(self.path)
-        return stat.f_bavail * stat.f_frsize

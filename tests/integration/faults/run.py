@@ -6,10 +6,9 @@ every part, drains the worker, and hands parts and verdicts to the checker.
 
 from __future__ import annotations
 
-import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,8 +41,6 @@ _RECOVER_TIMEOUT_S = 180.0
 _SETTLE_TIMEOUT_S = 120.0
 # What the servers and the two clocks of a span need to agree that it has begun.
 _DARK_MARGIN_S = 0.3
-# A verdict is on disk this much after the worker has spoken of it, at the latest; generous, for a busy machine.
-_DURABLE_AFTER_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,10 @@ class Bench:
 class Run:
     """One run of a case; what a fault does, it does through the attributes and `pause`."""
 
-    def __init__(self, bench: Bench, case: Case, folder: Path, seed: str, *, outbox: bool = True) -> None:
+    def __init__(
+        self, bench: Bench, case: Case, folder: Path, seed: str, *, line: str = "", outbox: bool = True
+    ) -> None:
+        """`line` is the line's name, if not the case's: no two runs on the same servers have the same."""
         self.case = case
         self.rng = random.Random(seed)
         self.servers = bench.servers.by_name
@@ -84,7 +84,7 @@ class Run:
         self.exit_code: int | None = None
         self._bench = bench
         self._outbox = outbox
-        self._line = f"{case.name}-{seed.partition(':')[0]}"[:60]
+        self._line = line or case.name
         self._folder = folder
         self._stations = _STATIONS[case.shape]
         self.worker = Worker(folder, self._document(), pictures=bench.pictures, clock=case.clock)
@@ -175,32 +175,37 @@ class Run:
             time.sleep(0.2)
 
     def _account(self, acknowledged: set[tuple[str, int]], sent: Topic, told: Topic) -> Account:
-        verdicts = self._verdicts(told)
+        verdicts, words = self._verdicts(told), self._words()
+        # What the disk did not take is in memory alone: after the worker's death it may be told otherwise.
+        known = {} if self.disk.was_full else words
         if self.is_free_run:
-            return check(self._parts_that_were_seen(verdicts), verdicts)
+            return check(self._parts_that_were_seen(verdicts, words), verdicts, words=known)
         parts = [Part(key, number, scores=VIDEO_LEVELS, triggered_at=at) for key, number, at in triggers(sent.read())]
         assert acknowledged == {(part.key, part.number) for part in parts}, "the load does not know its own parts"
         dark = () if self.case.clock else tuple(self.dark)
-        return check(parts, verdicts, dark=dark)
+        return check(parts, verdicts, words=known, dark=dark)
 
-    def _parts_that_were_seen(self, verdicts: list[Verdict]) -> list[Part]:
+    def _words(self) -> dict[tuple[str, int], str]:
+        """What the workers said of which part: the first word on each."""
+        words: dict[tuple[str, int], str] = {}
+        for station, part, verdict in self.worker.words():
+            words.setdefault((f"{self._line}/{station}", _number(part)), verdict)
+        return words
+
+    def _parts_that_were_seen(self, verdicts: list[Verdict], words: Collection[tuple[str, int]]) -> list[Part]:
         """Parts of a free-running camera, by the worker's own word, in the order of their capture.
 
-        A life's parts are certain up to the last one of which it spoke well before it was killed: verdicts of a station
-        leave in order. Later ones may have been in its memory alone. A life that ended by itself has left none.
+        A life's parts are certain up to the last one of which it spoke: it speaks of a verdict once it is on disk, and
+        verdicts of a station leave in order. Later ones may have been in its memory alone.
         """
         (key,) = self._keys
-        words = [(at, _number(part)) for at, _, part in self.worker.words()]
         parts = []
         for life in range(1, self.worker.lives + 1):
-            killed_at = self.worker.killed_at.get(life, math.inf)
-            said = [(at, number) for at, number in words if number // PARTS_A_LIFE == life]
+            said = [number for _, number in words if number // PARTS_A_LIFE == life]
             told = [each.number for each in verdicts if each.number // PARTS_A_LIFE == life]
-            last = max([number for _, number in said] + told, default=0)
-            last_certain = max([number for at, number in said if at < killed_at - _DURABLE_AFTER_S], default=0)
             parts += [
-                Part(key, number, certain=number <= last_certain, scores=(level_of(number),))
-                for number in range(life * PARTS_A_LIFE, last + 1)
+                Part(key, number, certain=number <= max(said, default=0), scores=(level_of(number),))
+                for number in range(life * PARTS_A_LIFE, max(said + told, default=0) + 1)
             ]
         return parts
 
@@ -238,6 +243,7 @@ class Run:
             },
             "kafka": {"bootstrap": [endpoints["kafka"]], "startup_timeout_s": 60},
             "redis": {"url": endpoints["redis"], "refresh_s": 1, "snapshot": str(self.disk.path / "thresholds.json")},
+            "outbox": {"dir": str(self.disk.path / "outbox") if self._outbox else None},
         }
         for key, value in self.case.settings.items():
             document[key] = {**document[key], **value} if isinstance(document.get(key), dict) else value
@@ -245,5 +251,5 @@ class Run:
 
 
 def _number(part_id: str) -> int:
-    """The number in `part-<number>.png`."""
+    """The number in `part-<number>` and `part-<number>.png`."""
     return int(part_id.removeprefix("part-").removesuffix(".png"))

@@ -119,6 +119,14 @@ def test_an_ok_while_nothing_could_be_judged_is_found():
     assert check(PARTS, history(), dark=[(101.9, 102.4)]).breaches == []
 
 
+def test_a_verdict_other_than_the_worker_said_is_found():
+    """It said NG, and was sure of it; the consumer's first word on the part is another."""
+    words = {(KEY, 2): "NG", (KEY, 3): "OK", (KEY, 9): "NG"}
+    account = check(PARTS, history(), words=words)
+    assert account.breaches == [f"changed: the worker said NG of part 2 of {KEY}, not OK"]
+    assert check(PARTS, [*history(told(2, verdict="NG")), told(2, verdict="UNINSPECTED")], words=words).breaches == []
+
+
 def test_what_was_in_a_killed_workers_memory_may_be_missing():
     """It is counted apart, and keeps the other rules where it comes after all."""
     parts = [*PARTS[:3], replace(PARTS[3], certain=False), replace(PARTS[4], certain=False)]

@@ -39,3 +39,13 @@ def test_every_part_has_one_verdict(case: Case, bench: Bench, seed: int, rows: l
     assert not failure, "\n".join([failure, *account.breaches[:_MOST_BREACHES_SHOWN], f"log: {tmp_path}/worker.log"])
     assert account.parts > 0
     assert account.judged > 0
+
+
+@pytest.mark.parametrize("name", ["free-run-worker-killed-without-kafka"])
+def test_the_suite_sees_a_line_without_an_outbox_lose_parts(name: str, bench: Bench, seed: int, tmp_path: Path) -> None:
+    """The same case with the outbox switched off: the checker names verdicts that were given and never came."""
+    (case,) = (case for case in CASES if case.name == name)
+    run = Run(bench, case, tmp_path, f"{seed}:{name}", outbox=False, line="without-outbox")
+    account = run.go()
+    bench.servers.heal()
+    assert "lost" in account.rules()

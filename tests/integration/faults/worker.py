@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +45,6 @@ class Worker:
         self._life_begins = 0
         self.lives = 0
         self.died_unasked = 0
-        self.killed_at: dict[int, float] = {}
-        """When a life was ended by SIGKILL, in seconds since the epoch, by its number."""
 
     def start(self) -> None:
         """Begin a life; it is at work when `is_at_work` says so."""
@@ -88,7 +85,6 @@ class Worker:
     def kill(self) -> None:
         """SIGKILL."""
         assert self._process is not None
-        self.killed_at[self.lives] = time.time()
         os.kill(self._process.pid, signal.SIGKILL)
         self._process.end(time.monotonic() + 5)
         self._process = None
@@ -139,15 +135,11 @@ class Worker:
         """All that it said, over its lives."""
         return self._log.read_text(errors="replace")
 
-    def words(self) -> list[tuple[float, str, str]]:
-        """When it said of which part of which station that it was judged, for all but OK ones; by its own clock."""
-        found = []
-        for line in self.log().splitlines():
-            if line.startswith("{") and '"event": "part"' in line:
-                said = json.loads(line)
-                at = datetime.fromisoformat(said["timestamp"]).timestamp()
-                found.append((at, said["station"], said["part"]))
-        return found
+    def words(self) -> list[tuple[str, str, str]]:
+        """Station, part and verdict of each part that it said it had judged, in order; OK ones are not spoken of."""
+        lines = (line for line in self.log().splitlines() if line.startswith("{") and '"event": "part"' in line)
+        said = (json.loads(line) for line in lines if line.endswith("}"))
+        return [(each["station"], each["part"], each["verdict"]) for each in said]
 
     @property
     def _exit_code(self) -> int | None:
