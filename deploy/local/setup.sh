@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes this machine ready for the embedded stack: system packages (apt), Python environments (pip), the Kafka broker
-# (Maven). Called by the Makefile with the parts it needs: line triton training stack. What is there already is left
-# alone, so a second run takes a moment and no network. It starts no service and touches no running one.
+# (Maven). Called by the Makefile with the parts it needs: line triton training stack faults. What is there already is
+# left alone, so a second run takes a moment and no network. It starts no service and touches no running one.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -42,6 +42,9 @@ missing_packages() {
     command -v arv-fake-gv-camera-0.8 >/dev/null || echo aravis-tools
     has_aravis || echo gir1.2-aravis-0.8
     missing_gstreamer
+  fi
+  if wants faults; then
+    command -v cc >/dev/null || printf '%s\n' gcc libc6-dev
   fi
 }
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 from integration.faults.faults import (
+    Name,
     answers_lost,
     backend_killed,
     clock_moved,
@@ -29,14 +32,15 @@ from integration.faults.faults import (
 )
 from integration.faults.run import Case, Fault, Run
 
-_HOUR_S = 3600.0
+_HOUR_S = 3600
 _NETWORK = [
     ("cut", "connections are reset and new ones refused", cut),
     ("reset", "every connection is reset as soon as it is made", reset),
     ("half-open", "connections look alive and carry nothing, then are reset", half_open),
     ("answers-lost", "requests arrive, answers do not, then connections are reset", answers_lost),
 ]
-_SERVERS = {"triton": "Triton", "kafka": "Kafka", "redis": "Redis"}
+_TO_SERVERS = (stopped, cut, reset, half_open, answers_lost)
+_SERVERS: dict[Name, str] = {"triton": "Triton", "kafka": "Kafka", "redis": "Redis"}
 
 
 def _of_each_server() -> list[Case]:
@@ -58,22 +62,25 @@ def _of_each_server() -> list[Case]:
 
 
 def _storm(run: Run) -> None:
-    """Four faults, any of them, one after the other or two at once."""
-    anything: list[Fault] = [
-        *(fault(name) for name in _SERVERS for fault in (stopped, cut, reset, half_open, answers_lost)),
-        killed("kafka"),
-        killed("redis"),
-        worker_killed(),
-        worker_stopped(),
-        *([disk_full()] if run.disk.mounted and not run.is_free_run else []),
-    ]
-    for first, second in (run.rng.sample(anything, 2) for _ in range(2)):
-        if run.rng.random() < 0.5:
-            during(first, second)(run)
+    """Four faults, any of them, one after the other or two at once; says which, should the run fail."""
+    anything: dict[str, Fault] = {
+        **{f"{name} {fault.__name__}": fault(name) for name in _SERVERS for fault in _TO_SERVERS},
+        "kafka killed": killed("kafka"),
+        "redis killed": killed("redis"),
+        "worker killed": worker_killed(),
+        "worker stopped": worker_stopped(),
+    }
+    if run.disk.mounted and not run.is_free_run:
+        anything["disk full"] = disk_full()
+    for first, second in (run.rng.sample(sorted(anything), 2) for _ in range(2)):
+        at_once = run.rng.random() < 0.5
+        sys.stdout.write(f"{first} {'with' if at_once else 'then'} {second}\n")
+        if at_once:
+            during(anything[first], anything[second])(run)
         else:
-            first(run)
+            anything[first](run)
             run.pause(0.2, 1.0)
-            second(run)
+            anything[second](run)
 
 
 CASES = [
@@ -186,7 +193,7 @@ CASES = [
     Case(
         "clock-back-without-kafka",
         "network to Kafka cut; the clock jumps back, ahead, and back",
-        (during(cut("kafka", (1, 2)), clock_moved(-60.0, _HOUR_S, -_HOUR_S, seconds=(1, 1.5))),),
+        (during(cut("kafka", (1, 2)), clock_moved(-60, _HOUR_S, -_HOUR_S, seconds=(1, 1.5))),),
         clock=True,
     ),
     Case("two-views-triton-killed", "parts of two views; Triton is killed", (killed("triton"),), shape="two views"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -52,7 +54,7 @@ def bench(servers: Servers, can_mount: bool, tmp_path_factory: pytest.TempPathFa
     fields = {"ng": str(LIMIT), "review": str(LIMIT), "version": "1", "model_sha256": sha}
     with redis.Redis.from_url(servers.redis_url) as client:
         client.hset(f"logicrd:threshold:{PRODUCT}", mapping=fields)
-    return Bench(servers, film, write_pictures(folder), can_mount)
+    return Bench(servers, film, write_pictures(folder), can_mount, _compiled_clock(folder))
 
 
 @pytest.fixture(scope="session")
@@ -75,3 +77,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[index] = item
     if ours:
         sys.stderr.write(f"fault seed: {seed}\n")
+
+
+def _compiled_clock(folder: Path) -> Path | None:
+    if shutil.which("cc") is None:
+        return None
+    path = folder / "moved_clock.so"
+    source = Path(__file__).with_name("moved_clock.c")
+    subprocess.run(["cc", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-o", path, source, "-ldl"], check=True)
+    return path

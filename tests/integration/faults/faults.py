@@ -301,7 +301,7 @@ def disk_read_only_at_start(seconds: Seconds = A_MOMENT) -> Fault:
     return fault
 
 
-def clock_moved(*offsets_s: float, seconds: Seconds = A_MOMENT) -> Fault:
+def clock_moved(*offsets_s: int, seconds: Seconds = A_MOMENT) -> Fault:
     """The worker's clock jumps to each of these offsets in turn, and stays at the last."""
 
     def fault(run: Run) -> None:

@@ -67,6 +67,8 @@ class Bench:
     pictures: list[Path]
     can_mount: bool
     """Whether there may be a small disk."""
+    clock: Path | None
+    """`moved_clock.c`, compiled; None where there is no C compiler."""
 
 
 class Run:
@@ -87,7 +89,9 @@ class Run:
         self._line = line or case.name
         self._folder = folder
         self._stations = _STATIONS[case.shape]
-        self.worker = Worker(folder, self._document(), pictures=bench.pictures, clock=case.clock)
+        self.worker = Worker(
+            folder, self._document(), pictures=bench.pictures, clock=bench.clock if case.clock else None
+        )
 
     @property
     def is_free_run(self) -> bool:

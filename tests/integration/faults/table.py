@@ -39,6 +39,7 @@ class Row:
     lives: int
     seconds: float
     failure: str = ""
+    result: str = "passed"
 
 
 def write(path: Path, rows: list[Row], *, seed: int, at: datetime) -> None:
@@ -62,7 +63,7 @@ def text(rows: list[Row], *, seed: int, at: datetime) -> str:
 def _line(row: Row) -> str:
     account = row.account or Account()
     figures = (account.parts, account.judged, account.uninspected, account.retold, account.uncertain_without)
-    cells = [row.name, row.tells, *figures, row.lives, f"{row.seconds:.0f}", row.failure or "passed"]
+    cells = [row.name, row.tells, *figures, row.lives, f"{row.seconds:.0f}", row.failure or row.result]
     return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |\n"
 
 

@@ -21,7 +21,6 @@ from integration.faults.servers import children
 from line_process import wait_until
 from processes import ChildProcess
 
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 PARTS_A_LIFE = 10_000
 _PICTURES_A_LIFE = 4_000
 _START_TIMEOUT_S = 240.0
@@ -31,15 +30,18 @@ _END_TIMEOUT_S = 120.0
 class Worker:
     """One worker over all its lives, from the main thread."""
 
-    def __init__(self, folder: Path, document: dict[str, Any], *, pictures: list[Path], clock: bool = False) -> None:
+    def __init__(
+        self, folder: Path, document: dict[str, Any], *, pictures: list[Path], clock: Path | None = None
+    ) -> None:
         """`document` is the line file; a camera without a `path` gets a folder of numbered pictures for each life.
 
-        `clock`: run it under a clock that `set_clock` moves.
+        `clock` is `moved_clock.c` compiled: the worker runs under a clock that `set_clock` moves.
         """
         self._folder = folder
         self._document = document
         self._pictures = pictures
-        self._clock = folder / "clock" if clock else None
+        self._clock = clock
+        self._offset = folder / "clock"
         self._log = folder / "worker.log"
         self._process: ChildProcess | None = None
         self._life_begins = 0
@@ -124,12 +126,12 @@ class Worker:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
 
-    def set_clock(self, offset_s: float) -> None:
-        """Move its clock this far from the machine's."""
-        assert self._clock is not None
-        beside = self._clock.with_suffix(".new")
-        beside.write_text(f"{offset_s:+.0f}s\n")
-        beside.replace(self._clock)
+    def set_clock(self, offset_s: int) -> None:
+        """Move its clock this far from the machine's, at once."""
+        assert self._clock is not None, "the worker's clock cannot be moved"
+        beside = self._offset.with_suffix(".new")
+        beside.write_text(f"{offset_s}\n")
+        beside.replace(self._offset)
 
     def log(self) -> str:
         """All that it said, over its lives."""
@@ -148,15 +150,7 @@ class Worker:
     def _environment(self) -> dict[str, str]:
         if self._clock is None:
             return {}
-        if not self._clock.exists():
-            self.set_clock(0)
-        return {
-            "LD_PRELOAD": str(FAKETIME),
-            "FAKETIME_TIMESTAMP_FILE": str(self._clock),
-            "FAKETIME_CACHE_DURATION": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            "FAKETIME_DONT_RESET": "1",
-        }
+        return {"LD_PRELOAD": str(self._clock), "MOVED_CLOCK": str(self._offset)}
 
     def _write(self) -> Path:
         """Write the line file of this life."""
