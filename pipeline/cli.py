@@ -157,8 +157,8 @@ def stack(context: typer.Context) -> None:
 
 @app.command(context_settings=PASS_ON)
 def bench(context: typer.Context) -> None:
-    """Measure this machine: `bench line`, `bench serving`, `bench ingest` (each with --json)."""
-    kinds = {"ingest", "line", "serving"}
+    """Measure this machine: `bench line`, `serving`, `ingest`, `delivery` (each with --json)."""
+    kinds = {"delivery", "ingest", "line", "serving"}
     if not context.args or context.args[0] not in kinds:
         raise typer.BadParameter(f"name a benchmark: {', '.join(sorted(kinds))}")
     raise typer.Exit(run_script(f"tests/benchmarks/{context.args[0]}.py", context.args[1:]))

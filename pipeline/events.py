@@ -54,7 +54,8 @@ EventKind = Literal["verdict", "view", "status", "audit"]
 class Event:
     """One Kafka record. `topic` is without the site's prefix; `is_part` marks what the MES counts.
 
-    `done` is called once the record's fate is known, on the client library's thread; it must not block.
+    `done` is called once the record can no longer be lost, on the outbox's or the client library's thread; it must not
+    block.
     """
 
     topic: str
@@ -233,6 +234,21 @@ def decode(value: bytes, headers: dict[str, bytes | None]) -> dict[str, Any]:
     if "id" not in attributes or not isinstance(data, dict):
         raise ValueError("not a CloudEvent of ours: no id, or no data object")
     return {"attributes": attributes, "data": data}
+
+
+def packed(event: Event) -> bytes:
+    """Put an event into bytes for the outbox, without `done`: a line of JSON, then the value. Headers are any bytes."""
+    headers = [[name, value.decode("latin-1")] for name, value in event.headers]
+    head = [event.topic, event.key.decode("latin-1"), event.is_part, headers]
+    return json.dumps(head, separators=(",", ":")).encode() + b"\n" + event.value
+
+
+def unpacked(data: bytes) -> Event:
+    """Read what `packed` made. Raises ValueError."""
+    head, _, value = data.partition(b"\n")
+    topic, key, is_part, headers = json.loads(head)
+    named = tuple((name, text.encode("latin-1")) for name, text in headers)
+    return Event(topic, key.encode("latin-1"), value, named, is_part=is_part)
 
 
 def _json(data: BaseModel) -> bytes:

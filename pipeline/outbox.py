@@ -23,7 +23,6 @@ Without a folder (`outbox.dir: null`) events go straight to the sink, and are lo
 from __future__ import annotations
 
 import errno
-import json
 import threading
 import time
 from collections import deque
@@ -37,7 +36,7 @@ import structlog
 
 from pipeline.config import Outbox as OutboxSettings
 from pipeline.errors import ConfigError
-from pipeline.events import Event
+from pipeline.events import Event, packed, unpacked
 from pipeline.health import Health
 from pipeline.journal import SEGMENT_BYTES, Journal, stored
 from pipeline.metrics import Metrics
@@ -48,6 +47,7 @@ _TICK_S = 0.05
 _REST_S = 0.2
 _RETRY_S = 1.0
 _SHOW_EVERY_S = 0.5
+_LAST_TURN_S = 5.0
 _ALARM = 0.5
 _ALARM_OVER = 0.4
 # So many events are under way to Kafka at once: it keeps the client busy, and is what a restart may send twice.
@@ -132,14 +132,12 @@ class Outbox:
                 ) from None
             self._journal = journal
         self._sink.start()
-        if self._journal is None:
-            return
-        found = self._journal.counts
-        if sum(found.values()):
-            log.info("outbox: events of an earlier run go first", events=sum(found.values()), parts=found[_PART])
-        self._metrics.outbox_found(found[_PART])
-        self._health.ready(_STAGE, True)
-        self._thread.start()
+        if self._journal is not None:
+            found = self._journal.counts
+            if sum(found.values()):
+                log.info("outbox: events of an earlier run go first", events=sum(found.values()), parts=found[_PART])
+            self._metrics.outbox_found(found[_PART])
+            self._thread.start()
 
     def put(
         self,
@@ -156,7 +154,10 @@ class Outbox:
         if self._journal is None:
             if final is not None:
                 final()
-            self._sink.put(*events)
+            if self._stop.is_set():
+                self._lose(list(events))  # after the end of the run: of readers that outlast it
+            else:
+                self._sink.put(*events)
             return
         with self._changed:
             refused = self._in_memory + len(events) > self._max_held
@@ -168,9 +169,9 @@ class Outbox:
             if final is not None:
                 final()
             self._metrics.undelivered(len(events), parts=sum(event.is_part for event in events))
-        if refused is not self._refusing:
-            self._refusing = refused
-            self._say_refusing()
+        if refused and not self._refusing:
+            log.error("verdicts are lost: neither the disk nor Kafka takes them", in_memory=self._max_held)
+        self._refusing = refused
 
     def close(self, until_s: float) -> Left:
         """Deliver what is left, until then on the monotonic clock; what Kafka has not got by then stays on disk."""
@@ -180,8 +181,9 @@ class Outbox:
             self._stop.set()
             with self._changed:
                 self._changed.notify_all()
-            self._thread.join(5.0)
+            self._thread.join(_LAST_TURN_S)
         unconfirmed = self._sink.close(until_s)
+        self._stop.set()
         if self._journal is None:
             return self._lose(unconfirmed)
         return self._leave(self._journal)
@@ -193,12 +195,14 @@ class Outbox:
         return self._journal is None or not (self._out or self._behind)
 
     def _leave(self, journal: Journal) -> Left:
-        """Note the last acknowledgements and let go of the folder."""
+        """Note the last acknowledgements and let go of the folder, unless the disk still holds the outbox's thread."""
+        if self._thread.is_alive():
+            log.error("the disk does not answer: the next run sends some events again")
+            return Left(sum(journal.counts.values()), journal.counts[_PART], self._in_memory)
         self._take_acknowledged(journal)
         waiting = [event for group in (*self._pending, *self._waiting) for event in group.events]
-        left = self._lose([*(entry.event for entry in self._held), *waiting])
-        counts = journal.counts
-        left = replace(left, events=sum(counts.values()), parts=counts[_PART])
+        lost = self._lose([*(entry.event for entry in self._held), *waiting])
+        left = replace(lost, events=sum(journal.counts.values()), parts=journal.counts[_PART])
         try:
             journal.clear()
             if journal.unwritten:
@@ -219,19 +223,15 @@ class Outbox:
             log.error("events lost: neither stored nor confirmed by Kafka", events=len(events), parts=parts)
         return Left(lost_parts=parts)
 
-    def _say_refusing(self) -> None:
-        if self._refusing:
-            log.error("verdicts are lost: neither the disk nor Kafka takes them", in_memory=self._max_held)
-        else:
-            log.info("verdicts are taken again")
-
     # The outbox's thread
 
     def _run(self) -> None:
         assert self._journal is not None  # noqa: S101 (set by start)
         shown_s = 0.0
-        while not self._stop.is_set():
+        last = False
+        while not last:
             self._health.beat(_STAGE)
+            last = self._stop.is_set()  # one more turn then, for what was put before
             try:
                 self._turn(self._journal)
                 if time.monotonic() - shown_s >= _SHOW_EVERY_S:
@@ -240,10 +240,6 @@ class Outbox:
             except Exception:  # the thread's top frame: the next turn goes on, and the fault is seen
                 log.exception("a turn of the outbox failed")
                 self._stop.wait(_RETRY_S)
-        try:
-            self._turn(self._journal)
-        except Exception:  # as above
-            log.exception("the last turn of the outbox failed")
         self._health.retire(_STAGE)
 
     def _turn(self, journal: Journal) -> None:
@@ -400,18 +396,3 @@ class Outbox:
 def read_stored(folder: Path) -> Iterator[Event]:
     """Read the events that a folder holds for Kafka, oldest first; also while a worker uses it. Raises OSError."""
     return (unpacked(record.payload) for record in stored(folder))
-
-
-def packed(event: Event) -> bytes:
-    """Put an event into bytes, `done` left out: a line of JSON, then the value. Headers are any bytes."""
-    headers = [[name, value.decode("latin-1")] for name, value in event.headers]
-    head = [event.topic, event.key.decode("latin-1"), event.is_part, headers]
-    return json.dumps(head, separators=(",", ":")).encode() + b"\n" + event.value
-
-
-def unpacked(data: bytes) -> Event:
-    """Read what `packed` made. Raises ValueError."""
-    head, _, value = data.partition(b"\n")
-    topic, key, is_part, headers = json.loads(head)
-    named = tuple((name, text.encode("latin-1")) for name, text in headers)
-    return Event(topic, key.encode("latin-1"), value, named, is_part=is_part)

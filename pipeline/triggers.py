@@ -1,9 +1,9 @@
 """Triggers from Kafka: which part is in front of a station's cameras, told by the MES or the PLC.
 
 One thread reads `<prefix>.trigger.v1` from where the last run had come to: the place of a trigger is committed once its
-part's verdict has reached Kafka, so a part that was open when a worker died is told again to the next one, which gives
-it its verdict under the same id. A record that is no trigger is counted, logged and put on `<prefix>.dlq.v1`; it never
-stops the reading. Knows no frame and never judges. Owned by `app`.
+part's verdict is on disk (without an outbox: in Kafka), so a part that was open when a worker died is told again to the
+next one, which gives it its verdict under the same id. A record that is no trigger is counted, logged and put on
+`<prefix>.dlq.v1`; it never stops the reading. Knows no frame and never judges. Owned by `app`.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class TriggerReader:
             self._thread.start()
 
     def settled(self, receipt: tuple[int, int]) -> None:
-        """Note that a trigger's verdict has left; from any thread."""
+        """Note that a trigger's verdict can no longer be lost; from any thread."""
         with self._lock:
             self._places.settle(*receipt)
 

@@ -51,7 +51,7 @@ def make_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
         folder = tmp_path_factory.mktemp("stack")
         command = [sys.executable, str(STACK), "up", "--state-dir", str(folder), "--free-ports", "--json", *arguments]
         started.append(folder)
-        subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, timeout=300, stdout=subprocess.DEVNULL)
         return Stack(folder)
 
     yield make

@@ -35,7 +35,7 @@ class Kafka:
     """One KRaft node, broker and controller in one process."""
 
     name = "kafka"
-    start_timeout_s = 60.0
+    start_timeout_s = 120.0
     cause_pattern = r"\b(ERROR|FATAL)\b|^Caused by|Exception"
 
     def __init__(self, state_dir: Path, libs: Path, port: int, controller_port: int) -> None:
