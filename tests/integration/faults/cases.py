@@ -63,18 +63,18 @@ def _of_each_server() -> list[Case]:
 
 def _storm(run: Run) -> None:
     """Four faults, any of them, one after the other or two at once; says which, should the run fail."""
-    anything: dict[str, Fault] = {
-        **{f"{name} {fault.__name__}": fault(name) for name in _SERVERS for fault in _TO_SERVERS},
-        "kafka killed": killed("kafka"),
-        "redis killed": killed("redis"),
-        "worker killed": worker_killed(),
-        "worker stopped": worker_stopped(),
+    anything: dict[tuple[str, str], Fault] = {
+        **{(name, fault.__name__): fault(name) for name in _SERVERS for fault in _TO_SERVERS},
+        ("kafka", "killed"): killed("kafka"),
+        ("redis", "killed"): killed("redis"),
+        ("worker", "killed"): worker_killed(),
+        ("worker", "stopped"): worker_stopped(),
     }
     if run.disk.mounted and not run.is_free_run:
-        anything["disk full"] = disk_full()
+        anything["disk", "full"] = disk_full()
     for first, second in (run.rng.sample(sorted(anything), 2) for _ in range(2)):
-        at_once = run.rng.random() < 0.5
-        sys.stdout.write(f"{first} {'with' if at_once else 'then'} {second}\n")
+        at_once = first[0] != second[0] and run.rng.random() < 0.5
+        sys.stdout.write(f"{' '.join(first)} {'with' if at_once else 'then'} {' '.join(second)}\n")
         if at_once:
             during(anything[first], anything[second])(run)
         else:
