@@ -6,7 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -58,13 +58,17 @@ def bench(servers: Servers, can_mount: bool, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
-def rows(pytestconfig: pytest.Config, seed: int) -> Iterator[list[Row]]:
-    """What is known of each case; written as a table at the end, where one was asked for."""
+def note(pytestconfig: pytest.Config, seed: int) -> Callable[[Row], None]:
+    """Note a case's result; where a table was asked for, it is written anew with each."""
     rows: list[Row] = []
-    yield rows
-    path = pytestconfig.getoption("fault_table")
-    if path is not None:
-        write(Path(path), rows, seed=seed, at=datetime.now(UTC))
+    path, at = pytestconfig.getoption("fault_table"), datetime.now(UTC)
+
+    def note(row: Row) -> None:
+        rows.append(row)
+        if path is not None:
+            write(Path(path), rows, seed=seed, at=at)
+
+    return note
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

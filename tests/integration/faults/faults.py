@@ -5,7 +5,6 @@ A fault leaves nothing to be undone but what a run's end heals: servers that are
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 from integration.faults.run import Fault, Run
-from integration.faults.servers import children
+from integration.faults.servers import children, send
 
 Name = Literal["triton", "kafka", "redis"]
 Seconds = tuple[float, float]
@@ -162,8 +161,7 @@ def backend_killed() -> Fault:
 
     def fault(run: Run) -> None:
         server = run.servers["triton"]
-        for pid in children(server.pid)[:1]:
-            os.kill(pid, signal.SIGKILL)
+        send(signal.SIGKILL, *children(server.pid)[:1])
         run.pause(1.0, 3.0)
         killed("triton", (0.0, 0.5))(run)
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from brokers import Kafka, Redis
@@ -116,8 +116,7 @@ class Server:
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to its main process and to its helpers."""
-        for pid in (self.pid, *children(self.pid)):
-            os.kill(pid, number)
+        send(number, self.pid, *children(self.pid))
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
@@ -185,6 +184,13 @@ class Servers:
             "kafka": f"{LOOPBACK}:{ports['kafka']}",
             "redis": f"redis://{LOOPBACK}:{ports['redis']}/0",
         }
+
+
+def send(number: signal.Signals, *pids: int) -> None:
+    """Send a signal to each; a helper that has ended meanwhile needs none."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def children(pid: int, pattern: str = "") -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ def _parameter(case: Case) -> Any:
 
 
 @pytest.mark.parametrize("case", [_parameter(case) for case in CASES])
-def test_every_part_has_one_verdict(case: Case, bench: Bench, seed: int, rows: list[Row], tmp_path: Path) -> None:
+def test_every_part_has_one_verdict(
+    case: Case, bench: Bench, seed: int, note: Callable[[Row], None], tmp_path: Path
+) -> None:
     """A consumer that knows every part finds one verdict of each, in order, no unfounded OK; and the line recovers."""
     if case.disk and not bench.can_mount:
         pytest.skip("needs root, to mount a small disk")
@@ -37,14 +40,14 @@ def test_every_part_has_one_verdict(case: Case, bench: Bench, seed: int, rows: l
             failure = f"the worker drained with exit code {run.exit_code}"
     finally:
         bench.servers.heal()
-        rows.append(Row(case.name, case.tells, account, run.worker.lives, time.monotonic() - began_s, failure))
+        note(Row(case.name, case.tells, account, run.worker.lives, time.monotonic() - began_s, failure))
     assert not failure, "\n".join([failure, *account.breaches[:_MOST_BREACHES_SHOWN], f"log: {tmp_path}/worker.log"])
     assert account.parts > 0
     assert account.judged > 0
 
 
 def test_the_suite_sees_a_line_without_an_outbox_lose_parts(
-    bench: Bench, seed: int, rows: list[Row], tmp_path: Path
+    bench: Bench, seed: int, note: Callable[[Row], None], tmp_path: Path
 ) -> None:
     """The worker is killed while Kafka is cut, with the outbox switched off: the checker names parts as lost."""
     (case,) = (case for case in CASES if case.name == "free-run-worker-killed-without-kafka")
@@ -55,6 +58,6 @@ def test_the_suite_sees_a_line_without_an_outbox_lose_parts(
     lost = sum(breach.startswith("lost") for breach in account.breaches)
     result = f"{lost} parts lost, as must be"
     tells = f"{case.tells}; and the outbox is switched off"
-    rows.append(Row("without-outbox", tells, account, run.worker.lives, time.monotonic() - began_s, result=result))
+    note(Row("without-outbox", tells, account, run.worker.lives, time.monotonic() - began_s, result=result))
     assert lost > 0
     assert account.rules() == {"lost"}

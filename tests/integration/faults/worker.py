@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from integration.faults.servers import children
+from integration.faults.servers import children, send
 from line_process import wait_until
 from processes import ChildProcess
 
@@ -118,13 +118,11 @@ class Worker:
         """Hold it and its helpers as a hung machine would."""
         assert self._process is not None
         pids = [self._process.pid, *children(self._process.pid)]
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
+        send(signal.SIGSTOP, *pids)
         try:
             yield
         finally:
-            for pid in pids:
-                os.kill(pid, signal.SIGCONT)
+            send(signal.SIGCONT, *pids)
 
     def set_clock(self, offset_s: int) -> None:
         """Move its clock this far from the machine's, at once."""
