@@ -51,6 +51,7 @@ bench: ## measure the line and the served model against the limit of this machin
 	.venv-training/bin/logicrd-train export --fused .cache/fused.onnx --product fastener-tray
 	.venv/bin/logicrd bench serving --product fastener-tray --fused .cache/fused.onnx --json
 	.venv/bin/logicrd bench line --product fastener-tray --fused .cache/fused.onnx --json
+	.venv/bin/logicrd bench delivery --json
 
 stack-up: ## start the embedded Triton, Kafka and Redis
 	@$(SETUP) line triton stack

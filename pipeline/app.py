@@ -38,9 +38,11 @@ from pipeline.triggers import TriggerReader
 from pipeline.types import Cause, Frame, Inference, Trigger
 
 _DRAIN_MARGIN_S = 1.0
-# Of the time for the end of a run: what open parts may take of it, and the pictures; the rest is for delivery.
+# Of the time for the end of a run: what open parts may take of it, the pictures, and Kafka's clients to disconnect; the
+# rest is for delivery.
 _JUDGING_SHARE = 0.7
 _PICTURES_S = 5.0
+_CLOSING_S = 2.0
 _SERVICE_WEIGHT = 0.2
 
 log = structlog.get_logger(__name__)
@@ -163,14 +165,15 @@ class Line:
 
     def close(self) -> LineSnapshot:
         """Stop the cameras, let every open part get its verdict, deliver what is left; gives the last figures."""
+        now_s = time.monotonic()
+        drained_s = now_s + self._config.drain_timeout_s
+        judging_s = min(self._config.budget_ms / 1e3 + _DRAIN_MARGIN_S, self._config.drain_timeout_s * _JUDGING_SHARE)
+        judged_s = now_s + judging_s
         self._triggers.stop()
         if self._pool is not None:
             self._pool.stop()
         self.cameras.stop()
         self._batcher.close()
-        drained_s = time.monotonic() + self._config.drain_timeout_s
-        judging_s = min(self._config.budget_ms / 1e3 + _DRAIN_MARGIN_S, self._config.drain_timeout_s * _JUDGING_SHARE)
-        judged_s = time.monotonic() + judging_s
         self.cameras.join(judged_s)
         if self._pool is not None:
             self._pool.close()  # only now: whoever gets the cameras reads them at once
@@ -181,7 +184,7 @@ class Line:
         self._dispatcher.join(2.0)
         self._judge.close()
         self._evidence.close(max(0.0, min(_PICTURES_S, drained_s - time.monotonic())))
-        left = self._outbox.close(drained_s)
+        left = self._outbox.close(drained_s - _CLOSING_S)
         self._triggers.close()  # after the last acknowledgement, which moves its place
         self._thresholds.close()
         self._close_page()

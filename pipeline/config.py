@@ -141,8 +141,9 @@ class LineConfig(BaseSettings):
     budget_ms: Annotated[float, Field(gt=0, le=600_000, allow_inf_nan=False)] = 2_000.0
     """From capture to verdict; a part not judged by then is UNINSPECTED with cause `deadline`."""
     drain_timeout_s: Positive = 20.0
-    """Time for the whole end of a run, from the signal on: open parts get their verdicts, then events are delivered.
-    What Kafka has not got by then is left in the outbox. Kubernetes must give the pod some seconds more."""
+    """Time for the whole end of a run, from the signal on: open parts get their verdicts (the latest after 70 % of it,
+    then as UNINSPECTED), then events are delivered. What Kafka has not got by then is left in the outbox. Kubernetes
+    must give the pod some seconds more."""
     cameras: list[Camera] = []
     """The cameras that this worker reads, whatever the pool holds; at least one where there is no pool."""
     pool: Pool | None = None

@@ -127,14 +127,20 @@ class Encoder:
         return self._event("audit", name, data.part_id, at, f"{place.line}/{frame.station}".encode(), _json(data))
 
     def dead_letter(
-        self, place: str, key: bytes | None, value: bytes | None, headers: Iterable[tuple[str, bytes]], error: str
+        self,
+        place: str,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Iterable[tuple[str, bytes | None]],
+        error: str,
     ) -> Event:
         """Wrap a record that cannot be used: as it came, with what was wrong and where it lay (`place`) as headers."""
         told = {"logicrd_error": error, "logicrd_record": place, "logicrd_worker": self._place.worker}
         if value is not None and len(value) > _LONGEST_DEAD_LETTER:
             value, told["logicrd_cut_from"] = value[:_LONGEST_DEAD_LETTER], str(len(value))
+        kept = ((name, data or b"") for name, data in headers)  # Kafka knows headers without a value
         added = ((name, text.encode()) for name, text in told.items())
-        return Event(_DEAD_LETTER, key or b"", value or b"", (*headers, *added))
+        return Event(_DEAD_LETTER, key or b"", value or b"", (*kept, *added))
 
     def status(
         self, camera_id: str, state: CameraState, reason: str, at: datetime, *, epoch: int | None = None
@@ -246,9 +252,12 @@ def packed(event: Event) -> bytes:
 def unpacked(data: bytes) -> Event:
     """Read what `packed` made. Raises ValueError."""
     head, _, value = data.partition(b"\n")
-    topic, key, is_part, headers = json.loads(head)
-    named = tuple((name, text.encode("latin-1")) for name, text in headers)
-    return Event(topic, key.encode("latin-1"), value, named, is_part=is_part)
+    try:
+        topic, key, is_part, headers = json.loads(head)
+        named = tuple((name, text.encode("latin-1")) for name, text in headers)
+        return Event(topic, key.encode("latin-1"), value, named, is_part=is_part)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"no event: {error}") from None
 
 
 def _json(data: BaseModel) -> bytes:

@@ -84,6 +84,8 @@ class Journal:
         self._segment_bytes = segment_bytes
         self.counts: Counter[int] = Counter()
         """Unacknowledged records by kind."""
+        self.left = 0
+        """The sum of them; to be looked at from any thread."""
         self.damaged = 0
         """Files found damaged."""
         self._segments: list[_Segment] = []
@@ -116,6 +118,7 @@ class Journal:
                 kind for number, kind in zip(content.numbers, content.kinds, strict=True) if number not in self._gone
             ]
             segment.live = len(left)
+            self.left += len(left)
             self.counts.update(left)
             self._next = max([self._next, *content.numbers[-1:]])
         self._next += 1
@@ -135,6 +138,7 @@ class Journal:
         self._write(segment, b"".join(parts))
         self._unwritten = array("Q")
         segment.live += len(records)
+        self.left += len(records)
         self.counts.update(kind for kind, _ in records)
         return numbers
 
@@ -143,6 +147,7 @@ class Journal:
         for number, kind in records:
             self._segments[bisect_right(self._segments, number, key=_first) - 1].live -= 1
             self.counts[kind] -= 1
+            self.left -= 1
             self._unwritten.append(number)
         self._remove_done()
 
@@ -194,7 +199,7 @@ class Journal:
 
     def clear(self) -> None:
         """Remove every file, when nothing is left in them."""
-        if not sum(self.counts.values()):
+        if not self.left:
             self._active = None
             self._remove_done()
             self._unwritten = array("Q")

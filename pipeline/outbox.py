@@ -71,6 +71,7 @@ class _Group:
     """Events that are stored together or not at all; one of the two is called, once."""
 
     events: tuple[Event, ...]
+    payloads: tuple[bytes, ...]
     final: Callable[[], None] | None
     otherwise: Callable[[], tuple[Event, ...]] | None
 
@@ -134,8 +135,8 @@ class Outbox:
         self._sink.start()
         if self._journal is not None:
             found = self._journal.counts
-            if sum(found.values()):
-                log.info("outbox: events of an earlier run go first", events=sum(found.values()), parts=found[_PART])
+            if self._journal.left:
+                log.info("outbox: events of an earlier run go first", events=self._journal.left, parts=found[_PART])
             self._metrics.outbox_found(found[_PART])
             self._thread.start()
 
@@ -159,10 +160,11 @@ class Outbox:
             else:
                 self._sink.put(*events)
             return
+        payloads = tuple(packed(event) for event in events)  # here, so that a bad event is its caller's fault
         with self._changed:
             refused = self._in_memory + len(events) > self._max_held
             if not refused:
-                self._waiting.append(_Group(events, final, otherwise))
+                self._waiting.append(_Group(events, payloads, final, otherwise))
                 self._in_memory += len(events)
                 self._changed.notify_all()
         if refused:
@@ -184,25 +186,20 @@ class Outbox:
             self._thread.join(_LAST_TURN_S)
         unconfirmed = self._sink.close(until_s)
         self._stop.set()
-        if self._journal is None:
-            return self._lose(unconfirmed)
-        return self._leave(self._journal)
+        return self._lose(unconfirmed) if self._journal is None else self._leave(self._journal)
 
     def _empty(self) -> bool:
-        with self._changed:
-            if self._waiting or self._in_memory:
-                return False
-        return self._journal is None or not (self._out or self._behind)
+        return not self._in_memory and (self._journal is None or not self._journal.left)  # on disk, then no longer here
 
     def _leave(self, journal: Journal) -> Left:
         """Note the last acknowledgements and let go of the folder, unless the disk still holds the outbox's thread."""
         if self._thread.is_alive():
             log.error("the disk does not answer: the next run sends some events again")
-            return Left(sum(journal.counts.values()), journal.counts[_PART], self._in_memory)
+            return Left(journal.left, journal.counts[_PART], self._in_memory)
         self._take_acknowledged(journal)
         waiting = [event for group in (*self._pending, *self._waiting) for event in group.events]
         lost = self._lose([*(entry.event for entry in self._held), *waiting])
-        left = replace(lost, events=sum(journal.counts.values()), parts=journal.counts[_PART])
+        left = replace(lost, events=journal.left, parts=journal.counts[_PART])
         try:
             journal.clear()
             if journal.unwritten:
@@ -227,8 +224,7 @@ class Outbox:
 
     def _run(self) -> None:
         assert self._journal is not None  # noqa: S101 (set by start)
-        shown_s = 0.0
-        last = False
+        shown_s, last = 0.0, False
         while not last:
             self._health.beat(_STAGE)
             last = self._stop.is_set()  # one more turn then, for what was put before
@@ -305,24 +301,24 @@ class Outbox:
         """Write the events of a spell without a disk; those that are on their way to Kafka are not read again."""
         for handed in (True, False):
             entries = [entry for entry in self._held if entry.handed is handed]
-            if not entries:
-                continue
-            self._append(journal, entries)
-            if handed:
+            if entries:
+                self._append(journal, entries, [packed(entry.event) for entry in entries])
+            if entries and handed:
                 journal.skip()
             for entry in entries:
                 del self._held[entry]
 
     def _store_pending(self, journal: Journal) -> None:
-        now_ms = self._now_ms()
-        self._append(journal, [_Entry(event, now_ms) for group in self._pending for event in group.events])
-        for group in self._pending:
+        entries = [_Entry(event, self._now_ms()) for group in self._pending for event in group.events]
+        self._append(journal, entries, [payload for group in self._pending for payload in group.payloads])
+        groups, self._pending = self._pending, deque()
+        for group in groups:
             if group.final is not None:
                 group.final()
-        self._pending.clear()
 
-    def _append(self, journal: Journal, entries: list[_Entry]) -> None:
-        numbers = journal.append([(entry.kind, packed(entry.event)) for entry in entries], self._now_ms())
+    def _append(self, journal: Journal, entries: list[_Entry], payloads: list[bytes]) -> None:
+        records = zip((entry.kind for entry in entries), payloads, strict=True)
+        numbers = journal.append(list(records), self._now_ms())
         for entry, number in zip(entries, numbers, strict=True):
             entry.number = number
         self._stored_s = time.monotonic()
@@ -352,7 +348,12 @@ class Outbox:
         room = min(_WINDOW - len(self._out), self._sink.room)
         if room > 0 and journal.behind:
             for record in journal.read(room):
-                self._hand(_Entry(unpacked(record.payload), record.at_ms, record.number))
+                try:
+                    self._hand(_Entry(unpacked(record.payload), record.at_ms, record.number))
+                except ValueError as error:  # written by another version of this program
+                    log.error("an event in the outbox makes no sense: left out", number=record.number, error=str(error))
+                    self._metrics.undelivered(1, parts=int(record.kind == _PART))
+                    journal.acknowledge([(record.number, record.kind)])
             room = min(_WINDOW - len(self._out), self._sink.room)
         if not journal.behind and self._held:
             for entry in list(islice((entry for entry in self._held if not entry.handed), max(0, room))):
@@ -368,7 +369,7 @@ class Outbox:
         """Tell the metrics, and the log when half of a bound is reached."""
         counts, size, age_s = journal.counts, journal.size, self._age_s()
         fill = max(size / self._settings.max_bytes, age_s / self._settings.max_age_s)
-        events = sum(counts.values()) + len(self._held)
+        events = journal.left + len(self._held)
         self._metrics.outbox(events=events, parts=counts[_PART], size=size, age_s=age_s, fill=fill)
         if fill >= _ALARM and not self._alarmed:
             log.error("outbox half full: Kafka does not take events", events=events, bytes=size, oldest_s=round(age_s))

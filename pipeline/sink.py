@@ -44,7 +44,6 @@ _UNDELIVERABLE = (
     kafka_errors.RecordListTooLargeError,
     kafka_errors.UnsupportedForMessageFormatError,
     TypeError,
-    ValueError,
 )
 
 log = structlog.get_logger(__name__)

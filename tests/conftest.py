@@ -89,6 +89,7 @@ class LineFile:
         document: dict[str, Any] = {
             "line": self.name,
             "budget_ms": 20_000,
+            "drain_timeout_s": 60,
             "cameras": self.cameras,
             "triton": {"address": self.endpoints.get("triton", "127.0.0.1:9"), "models_repo": str(MODELS)},
             "kafka": {"bootstrap": [self.endpoints.get("kafka", "127.0.0.1:9")]},

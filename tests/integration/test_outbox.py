@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,23 @@ class Worker:
         return self.said()[-1]
 
 
+@contextmanager
+def hung(broker):
+    """Hold Kafka as a hung machine would, for the length of the block."""
+    pid = broker.pid("kafka")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        threads = Path(f"/proc/{pid}/task")
+        wait_until(
+            lambda: all(stat.read_text().rpartition(")")[2].split()[0] in "Tt" for stat in threads.glob("*/stat")),
+            LONG_S,
+            "every thread stopped",
+        )
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
 def test_a_killed_worker_loses_no_part_that_was_done(broker, topics, tmp_path):
     """Killed with Kafka hung and everything undelivered, twice: the next runs deliver all, in order, once after dedupe.
 
@@ -135,13 +153,10 @@ def test_a_killed_worker_loses_no_part_that_was_done(broker, topics, tmp_path):
     folder = tmp_path / "outbox"
     worker = Worker(topics, folder, 0, 300)
     worker.wait_for_done(60)
-    os.kill(broker.pid("kafka"), signal.SIGSTOP)
-    try:
+    with hung(broker):
         worker.wait_for_done(300)
         assert worker.kill() == set(range(300))
         assert len(list(read_stored(folder))) > 0
-    finally:
-        os.kill(broker.pid("kafka"), signal.SIGCONT)
     second = Worker(topics, folder, 300, 90)
     second.wait_for_done(90)
     second.kill()
@@ -171,13 +186,10 @@ def test_what_is_left_at_the_end_is_said_and_delivered_by_the_next_run(broker, t
     folder = tmp_path / "outbox"
     worker = Worker(topics, folder, 0, 30)
     wait_until(lambda: "started" in worker.said(), LONG_S, "a running worker")
-    os.kill(broker.pid("kafka"), signal.SIGSTOP)
-    try:
+    with hung(broker):
         worker.wait_for_done(30)
         left = worker.end()
         assert int(left.removeprefix("left ")) == sum(event.is_part for event in read_stored(folder))
-    finally:
-        os.kill(broker.pid("kafka"), signal.SIGCONT)
     again = Worker(topics, folder, 30, 3)
     again.wait_for_done(3)
     assert again.end() == "left 0"
@@ -209,10 +221,7 @@ def test_without_an_outbox_a_killed_worker_loses_what_kafka_has_not(broker, topi
     metrics = Metrics()
     outbox = make(topics, None, metrics)
     outbox.start()
-    os.kill(broker.pid("kafka"), signal.SIGSTOP)
-    try:
+    with hung(broker):
         outbox.put(part(0))
         assert outbox.close(time.monotonic() + 0.5).lost_parts == 1
-    finally:
-        os.kill(broker.pid("kafka"), signal.SIGCONT)
     assert metrics.snapshot().undelivered == 1

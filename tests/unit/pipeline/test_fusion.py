@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.fusion import fuse
+from pipeline.fusion import fuse, unstored
 from pipeline.types import Cause, Judgement, MissingView, Verdict
 
 REASONS = {
@@ -60,3 +60,15 @@ def test_a_part_of_which_nothing_was_seen_is_never_ok(views):
     assert fuse([], [absent(required=False)], {"c9"}) == ("UNINSPECTED", ("deadline",))
     unseen = fuse(views(Judgement.UNINSPECTED), [absent(required=False)], {"c1", "c9"})
     assert unseen == ("UNINSPECTED", ("frame_corrupt", "deadline"))
+
+
+@pytest.mark.parametrize("said", list(itertools.combinations_with_replacement(Judgement, 2)))
+def test_a_verdict_that_was_not_stored_lets_no_part_pass(make_part, views, said):
+    """No view and no part stays OK or REVIEW; an NG stands, and so does the cause of an UNINSPECTED."""
+    seen = views(*said)
+    judgement, reasons = fuse(seen, [], ())
+    left = unstored(make_part(judgement=judgement, reasons=reasons, views=tuple(seen)))
+    kept = {Judgement.NG, Judgement.UNINSPECTED}
+    expected = (judgement, reasons) if judgement in kept else (Judgement.UNINSPECTED, ("outbox_unavailable",))
+    assert (left.judgement, left.reasons) == expected
+    assert {view.verdict.judgement for view in left.views} <= kept

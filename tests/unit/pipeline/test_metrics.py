@@ -112,3 +112,16 @@ def test_no_part_becomes_a_label(metrics, make_part):
     names = {name for m in metrics.registry.collect() for s in m.samples for name in s.labels}
     assert names <= {"camera", "station", "stage", "verdict", "cause", "fate", "le"}
     assert b"inspection_verdict_latency_seconds" in generate_latest(metrics.registry)
+
+
+def test_what_the_outbox_keeps_is_not_lost():
+    """Lost is what was due, in this run or left by an earlier one, and neither confirmed nor kept."""
+    metrics = Metrics()
+    metrics.outbox_found(2)
+    metrics.triggered("s1", 3)
+    for _ in range(3):
+        metrics.acknowledged(is_part=True)
+    metrics.outbox(events=4, parts=2, size=100, age_s=1.0, fill=0.1)
+    assert (metrics.snapshot().stored, metrics.snapshot().lost) == (2, 0)
+    metrics.outbox(events=2, parts=1, size=100, age_s=1.0, fill=0.1)
+    assert metrics.snapshot().lost == 1

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from pipeline.config import Outbox as Settings
 from pipeline.errors import ConfigError
 from pipeline.events import Event, packed, unpacked
 from pipeline.health import Health
+from pipeline.journal import Journal
 from pipeline.metrics import Metrics
 from pipeline.outbox import Outbox, read_stored
 
@@ -158,6 +160,39 @@ def test_a_killed_run_is_replayed_before_new_events_and_in_order(start, tmp_path
     second.acknowledge()
     assert again.close(time.monotonic() + WAIT_S).events == 0
     assert list((tmp_path / "outbox").iterdir()) == []
+
+
+def test_the_end_waits_for_all_that_is_stored(start):
+    """A run that ends at once still delivers what an earlier one left, and what was put a moment before."""
+    outbox = start(Broker(most=0))
+    outbox.put(*(part(number) for number in range(50)))
+    assert outbox.close(time.monotonic()).parts == 50
+    broker = Broker(most=20)
+    again = start(broker)
+    again.put(part(50))
+    over = threading.Event()
+    kafka = threading.Thread(target=lambda: [broker.acknowledge() for _ in iter(lambda: over.wait(0.01), True)])
+    kafka.start()
+    assert again.close(time.monotonic() + WAIT_S) == outbox_module.Left()
+    over.set()
+    kafka.join()
+    assert broker.values == [b"part %d" % number for number in range(51)]
+
+
+@pytest.mark.parametrize("data", [b"", b"{}\n", b"[1,2,3,4]\n", b'["t","k",true,[["h",1]]]\n', b"[]", b"\xff"])
+def test_a_record_of_another_version_is_left_out_and_holds_up_nobody(start, tmp_path, metrics, data):
+    """What makes no sense is counted and gone; the events around it are delivered."""
+    (tmp_path / "outbox").mkdir()
+    journal = Journal(tmp_path / "outbox")
+    journal.open()
+    journal.append([(2, packed(part(1))), (2, data), (2, packed(part(2)))], 0)
+    journal.close()
+    broker = Broker()
+    outbox = start(broker, max_age_h=1e9)
+    wait(lambda: broker.values == [b"part 1", b"part 2"])
+    broker.acknowledge()
+    assert outbox.close(time.monotonic() + WAIT_S).events == 0
+    assert metrics.snapshot().undelivered == 1
 
 
 def test_no_more_is_under_way_than_kafka_has_room_for(start):
