@@ -190,26 +190,32 @@ class Run:
         return check(parts, verdicts, words=known, dark=dark)
 
     def _words(self) -> dict[tuple[str, int], str]:
-        """What the workers said of which part: the first word on each."""
+        """What the workers said of which part: the first word on each.
+
+        A later life's UNINSPECTED is no first word: an earlier one may have found the part OK, of which it does not
+        speak, and the trigger was read again before its place was kept.
+        """
         words: dict[tuple[str, int], str] = {}
-        for station, part, verdict in self.worker.words():
-            words.setdefault((f"{self._line}/{station}", _number(part)), verdict)
+        for life, station, part, verdict in self.worker.words():
+            if life == 1 or self.is_free_run or verdict != "UNINSPECTED":
+                words.setdefault((f"{self._line}/{station}", _number(part)), verdict)
         return words
 
     def _parts_that_were_seen(self, verdicts: list[Verdict], words: Collection[tuple[str, int]]) -> list[Part]:
         """Parts of a free-running camera, by the worker's own word, in the order of their capture.
 
         A life's parts are certain up to the last one of which it spoke: it speaks of a verdict once it is on disk, and
-        verdicts of a station leave in order. Later ones may have been in its memory alone.
+        verdicts of a station leave in order. Later ones that it had opened when it was killed were in its memory alone.
         """
         (key,) = self._keys
         parts = []
         for life in range(1, self.worker.lives + 1):
             said = [number for _, number in words if number // PARTS_A_LIFE == life]
             told = [each.number for each in verdicts if each.number // PARTS_A_LIFE == life]
+            opened = life * PARTS_A_LIFE + self.worker.opened.get(life, 0) - 1
             parts += [
                 Part(key, number, certain=number <= max(said, default=0), scores=(level_of(number),))
-                for number in range(life * PARTS_A_LIFE, max(said + told, default=0) + 1)
+                for number in range(life * PARTS_A_LIFE, max([*said, *told, opened]) + 1)
             ]
         return parts
 
@@ -247,6 +253,7 @@ class Run:
             },
             "kafka": {"bootstrap": [endpoints["kafka"]], "startup_timeout_s": 60},
             "redis": {"url": endpoints["redis"], "refresh_s": 1, "snapshot": str(self.disk.path / "thresholds.json")},
+            "monitoring": {"port": 0},
             "outbox": {"dir": str(self.disk.path / "outbox") if self._outbox else None},
         }
         for key, value in self.case.settings.items():

@@ -21,8 +21,8 @@ hit is the machine's.
 A case passes when a consumer that knows every part finds: exactly one verdict of each after dedupe by source and id, in
 the order of the triggers per key, no gap in any worker's `sequence`, and no OK without a score of that part's own
 picture below the limit, or decided while nothing could be judged; and when the line judges again at the end and the
-worker drains. *Retold* are records that the dedupe drops. *Open* are parts of free-running cameras that were, or may
-have been, in a killed worker's memory alone: nothing outside the worker knows of them, so a kill may lose them.
+worker drains. *Retold* are records that the dedupe drops. *Open* are parts without a verdict that were in a killed
+worker's memory alone: pictures of a free-running camera, of which nothing else knows.
 
 | case | what is done | parts | judged | UNINSPECTED | retold | open | lives | s | result |
 |---|---|--:|--:|--:|--:|--:|--:|--:|---|

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import yaml
 from integration.faults.servers import children, send
@@ -44,14 +46,17 @@ class Worker:
         self._offset = folder / "clock"
         self._log = folder / "worker.log"
         self._process: ChildProcess | None = None
-        self._life_begins = 0
+        self._begins: list[int] = []
         self.lives = 0
-        self.died_unasked = 0
+        self.ended_with: list[int] = []
+        """Exit codes of the lives that ended by themselves."""
+        self.opened: dict[int, int] = {}
+        """How many parts a life had opened when it was killed, by its number."""
 
     def start(self) -> None:
         """Begin a life; it is at work when `is_at_work` says so."""
         self.lives += 1
-        self._life_begins = self._log.stat().st_size if self._log.exists() else 0
+        self._begins.append(self._log.stat().st_size if self._log.exists() else 0)
         command = [sys.executable, "-m", "pipeline.cli", "run", "-c", str(self._write()), "--no-until-end", "--json"]
         with self._log.open("ab") as log:
             self._process = ChildProcess(command, self._environment(), log)
@@ -63,8 +68,8 @@ class Worker:
 
     def tend(self) -> None:
         """Start it again when it has ended by itself, as an orchestrator does with a worker that finds no server."""
-        if self._process is not None and self._process.exit_code() is not None:
-            self.died_unasked += 1
+        if self._process is not None and (code := self._process.exit_code()) is not None:
+            self.ended_with.append(code)
             self._process.end(0.0)
             self.start()
 
@@ -80,13 +85,30 @@ class Worker:
     @property
     def is_at_work(self) -> bool:
         """Whether this life has opened its cameras."""
+        return '"line started"' in self._said()
+
+    def _said(self) -> str:
+        """What this life has said so far."""
         with self._log.open("rb") as log:
-            log.seek(self._life_begins)
-            return b'"line started"' in log.read()
+            log.seek(self._begins[-1])
+            return log.read().decode(errors="replace")
+
+    def _parts_opened(self) -> int:
+        """How many parts this life has opened, as it tells Prometheus; 0 when it does not answer."""
+        found = re.search(r'"address": "(http://[0-9.:]+/metrics)"', self._said())
+        if found is None:
+            return 0
+        try:
+            with urlopen(found[1], timeout=2) as page:  # noqa: S310 (an address of this test's own worker)
+                samples = [line.split() for line in page.read().decode().splitlines()]
+        except OSError:
+            return 0
+        return int(sum(float(each[1]) for each in samples if each[0].startswith("inspection_parts_triggered_total")))
 
     def kill(self) -> None:
         """SIGKILL."""
         assert self._process is not None
+        self.opened[self.lives] = self._parts_opened()
         os.kill(self._process.pid, signal.SIGKILL)
         self._process.end(time.monotonic() + 5)
         self._process = None
@@ -131,15 +153,17 @@ class Worker:
         beside.write_text(f"{offset_s}\n")
         beside.replace(self._offset)
 
-    def log(self) -> str:
-        """All that it said, over its lives."""
-        return self._log.read_text(errors="replace")
-
-    def words(self) -> list[tuple[str, str, str]]:
-        """Station, part and verdict of each part that it said it had judged, in order; OK ones are not spoken of."""
-        lines = (line for line in self.log().splitlines() if line.startswith("{") and '"event": "part"' in line)
-        said = (json.loads(line) for line in lines if line.endswith("}"))
-        return [(each["station"], each["part"], each["verdict"]) for each in said]
+    def words(self) -> list[tuple[int, str, str, str]]:
+        """Life, station, part and verdict of each part that it said it had judged, in order; it speaks of no OK."""
+        words = []
+        ends = [*self._begins[1:], None]
+        text = self._log.read_bytes()
+        for life, (begin, end) in enumerate(zip(self._begins, ends, strict=True), 1):
+            for line in text[begin:end].decode(errors="replace").splitlines():
+                if line.startswith("{") and line.endswith("}") and '"event": "part"' in line:
+                    said = json.loads(line)
+                    words.append((life, said["station"], said["part"], said["verdict"]))
+        return words
 
     @property
     def _exit_code(self) -> int | None:
