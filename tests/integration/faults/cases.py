@@ -86,8 +86,12 @@ def _storm(run: Run) -> None:
 CASES = [
     Case("quiet", "nothing is done", (waits((2.0, 3.0)),)),
     *_of_each_server(),
-    Case("triton-throttled", "network to Triton: 200 KB/s, less than the load", (throttled("triton", 200_000),)),
-    Case("kafka-throttled", "network to Kafka: 4 KB/s, less than the load", (throttled("kafka", 4_000),)),
+    Case(
+        "triton-throttled",
+        "network to Triton: 200 KB/s, less than the load",
+        (throttled("triton", 200_000, (5.0, 7.0)),),
+    ),
+    Case("kafka-throttled", "network to Kafka: 4 KB/s, less than the load", (throttled("kafka", 4_000, (5.0, 7.0)),)),
     Case("triton-backend-killed", "a process of Triton's Python backend dies, then the server", (backend_killed(),)),
     Case(
         "kafka-killed-twice", "Kafka is killed, started, and killed while it starts", (killed("kafka"), killed("kafka"))
