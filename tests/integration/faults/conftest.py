@@ -58,15 +58,16 @@ def bench(servers: Servers, can_mount: bool, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="session")
-def note(pytestconfig: pytest.Config, seed: int) -> Callable[[Row], None]:
+def note(request: pytest.FixtureRequest, pytestconfig: pytest.Config, seed: int) -> Callable[[Row], None]:
     """Note a case's result; where a table was asked for, it is written anew with each."""
     rows: list[Row] = []
+    planned = sum("note" in getattr(item, "fixturenames", ()) for item in request.session.items)
     path, at = pytestconfig.getoption("fault_table"), datetime.now(UTC)
 
     def note(row: Row) -> None:
         rows.append(row)
         if path is not None:
-            write(Path(path), rows, seed=seed, at=at)
+            write(Path(path), rows, planned=planned, seed=seed, at=at)
 
     return note
 

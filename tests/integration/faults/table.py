@@ -14,7 +14,7 @@ _HEAD = """\
 # The fault suite's last long run
 
 Written by `make faults`; seed {seed}, {at:%Y-%m-%d}, {machine}.
-{passed} of {count} cases passed, {parts} parts in all.
+{passed} of {count} cases passed, {parts} parts in all; {planned} cases were to be run.
 `make faults SEED={seed}` does the same in the same order for the same times; how far each process has come when it is
 hit is the machine's.
 
@@ -42,14 +42,15 @@ class Row:
     result: str = "passed"
 
 
-def write(path: Path, rows: list[Row], *, seed: int, at: datetime) -> None:
+def write(path: Path, rows: list[Row], *, planned: int, seed: int, at: datetime) -> None:
     """Write the table to a file."""
-    path.write_text(text(rows, seed=seed, at=at))
+    path.write_text(text(rows, planned=planned, seed=seed, at=at))
 
 
-def text(rows: list[Row], *, seed: int, at: datetime) -> str:
+def text(rows: list[Row], *, planned: int, seed: int, at: datetime) -> str:
     """Put the cases into Markdown, by name."""
     head = _HEAD.format(
+        planned=planned,
         seed=seed,
         at=at,
         machine=_machine(),
