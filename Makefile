@@ -10,7 +10,7 @@ COMPILE = $(UV) pip compile --quiet --generate-hashes --no-emit-index-url --no-h
 	--python-platform x86_64-manylinux_2_35 $(UV_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type chart bench images sbom stack-up stack-down lock clean
+.PHONY: help setup demo test faults lint type chart bench images sbom stack-up stack-down lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r verb what; do \
@@ -28,6 +28,11 @@ test: ## every check and every test, against the real Triton, Kafka, Redis and R
 	@$(MAKE) --no-print-directory lint type
 	.venv/bin/pytest tests/unit/pipeline tests/contract tests/integration tests/e2e tests/unit/models_repo
 	.venv-training/bin/pytest tests/unit/training
+
+faults: ## the fault suite's long form, 77 cases in about an hour, as root; SEED=<number> repeats a run
+	@$(SETUP) line triton stack faults
+	.venv/bin/pytest -v -m "" tests/integration/faults --fault-seed $(or $(SEED),$(shell date +%s)) \
+		--fault-table tests/integration/faults/README.md
 
 lint: ## ruff, and who may import whom
 	@$(SETUP) line
