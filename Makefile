@@ -83,7 +83,7 @@ lock: $(UV) ## pin requirements/*.txt anew, with hashes; UV_FLAGS=--upgrade take
 	$(COMPILE) -c requirements/pipeline.txt --extra training pyproject.toml requirements/training.in -o requirements/training.txt
 	$(COMPILE) requirements/triton.in -o requirements/triton.txt
 	$(COMPILE) -c requirements/dev.txt requirements/build.in -o requirements/build.txt
-	$(COMPILE) --python-version 3.12 -c requirements/pipeline.txt requirements/triton-image.in -o requirements/triton-image.txt
+	$(subst 3.11,3.12,$(COMPILE)) -c requirements/pipeline.txt requirements/triton-image.in -o requirements/triton-image.txt
 
 $(UV):
 	python3.11 -m venv .cache/uv
