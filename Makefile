@@ -10,21 +10,21 @@ COMPILE = $(UV) pip compile --quiet --generate-hashes --no-emit-index-url --no-h
 	--python-platform x86_64-manylinux_2_35 $(UV_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type bench images sbom stack-up stack-down lock clean
+.PHONY: help setup demo test lint type chart bench images sbom stack-up stack-down lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r verb what; do \
 		printf '  make %-12s %s\n' "$$verb" "$$what"; done
 
-setup: ## install what is missing: system packages, the three environments, the Kafka broker
-	@$(SETUP) line triton training stack
+setup: ## install what is missing: system packages, the three environments, the Kafka broker, helm
+	@$(SETUP) line triton training stack chart
 
 demo: ## 60 s of four simulated cameras; SOURCE=<address, video or folder> PRODUCT=<name> for your own pictures
 	@$(SETUP) line triton stack
 	.venv/bin/python deploy/local/demo.py $(if $(SOURCE),--source "$(SOURCE)") $(if $(PRODUCT),--product "$(PRODUCT)")
 
 test: ## every check and every test, against the real Triton, Kafka, Redis and RTSP
-	@$(SETUP) line triton training stack
+	@$(SETUP) line triton training stack chart
 	@$(MAKE) --no-print-directory lint type
 	.venv/bin/pytest tests/unit/pipeline tests/contract tests/integration tests/e2e tests/unit/models_repo
 	.venv-training/bin/pytest tests/unit/training
@@ -37,8 +37,14 @@ lint: ## ruff, and who may import whom
 type: ## mypy, strict
 	@$(SETUP) line training
 	.venv/bin/mypy
-	.venv/bin/mypy deploy/local deploy/docker tests/benchmarks
+	.venv/bin/mypy deploy/local deploy/docker deploy/examples/mes tests/benchmarks
 	.venv-training/bin/mypy training
+
+chart: ## write what is generated in the chart, then lint it and test it against Kubernetes' schemas and promtool
+	@$(SETUP) line chart
+	.venv/bin/python deploy/local/chart.py
+	.venv/bin/pytest tests/contract/test_chart_templates.py tests/contract/test_chart_values.py \
+		tests/contract/test_chart_policy.py tests/contract/test_chart_monitoring.py
 
 bench: ## measure the line and the served model against the limit of this machine; leaves the stack up
 	@$(SETUP) line triton training stack
@@ -46,6 +52,7 @@ bench: ## measure the line and the served model against the limit of this machin
 	.venv-training/bin/logicrd-train export --fused .cache/fused.onnx --product fastener-tray
 	.venv/bin/logicrd bench serving --product fastener-tray --fused .cache/fused.onnx --json
 	.venv/bin/logicrd bench line --product fastener-tray --fused .cache/fused.onnx --json
+	.venv/bin/logicrd bench delivery --json
 
 images: ## run the images' steps in a clean Debian root (needs root and debootstrap), and their entry points
 	@$(SETUP) line
@@ -71,6 +78,7 @@ lock: $(UV) ## pin requirements/*.txt anew, with hashes; UV_FLAGS=--upgrade take
 	$(COMPILE) -c requirements/pipeline.txt --extra training pyproject.toml requirements/training.in -o requirements/training.txt
 	$(COMPILE) requirements/triton.in -o requirements/triton.txt
 	$(COMPILE) -c requirements/dev.txt requirements/build.in -o requirements/build.txt
+	$(COMPILE) --python-version 3.12 -c requirements/pipeline.txt requirements/triton-image.in -o requirements/triton-image.txt
 
 $(UV):
 	python3.11 -m venv .cache/uv

@@ -1,9 +1,9 @@
 """The composition root: builds the stages of one line, wires them with queues, starts, drains and stops them.
 
-Threads: one reader a camera -> batcher -> one dispatcher -> gRPC's own -> one judge -> one publisher, one for pictures,
-one for thresholds, one for triggers where a station asks for them, two with a pool: its cameras, new products. A part
-is opened when its frame is captured or its trigger comes, and gets exactly one verdict. Called by the command line and
-by tests.
+Threads: one reader a camera -> batcher -> one dispatcher -> gRPC's own -> one judge -> one for the outbox -> one
+publisher, one for pictures, one for thresholds, one for heartbeats, one for triggers where a station asks for them, two
+with a pool: its cameras, new products. A part is opened when its frame is captured or its trigger comes, and gets
+exactly one verdict. Called by the command line and by tests.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ import threading
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import structlog
 
 from pipeline.batcher import Batcher
 from pipeline.config import LineConfig
 from pipeline.errors import ConfigError, DependencyError, LineError
-from pipeline.events import Encoder, Place
+from pipeline.events import Encoder, Place, decode, inspection_id
 from pipeline.evidence import Evidence
 from pipeline.health import Health, HealthPage
+from pipeline.heartbeat import Heartbeat
 from pipeline.inference import InferenceClient
 from pipeline.judge import TICK_S, Judge
 from pipeline.manifest import Manifest, products_in, read_manifest
 from pipeline.metrics import LineSnapshot, Metrics
 from pipeline.newcomers import Newcomers
+from pipeline.outbox import Outbox, read_stored
 from pipeline.parts import Parts
 from pipeline.pool import CameraPool
 from pipeline.readers import Readers
@@ -39,6 +42,11 @@ from pipeline.triggers import TriggerReader
 from pipeline.types import Cause, Frame, Inference, Trigger
 
 _DRAIN_MARGIN_S = 1.0
+# Of the time for the end of a run: what open parts may take of it, the pictures, and Kafka's clients to disconnect; the
+# rest is for delivery.
+_JUDGING_SHARE = 0.7
+_PICTURES_S = 5.0
+_CLOSING_S = 2.0
 _SERVICE_WEIGHT = 0.2
 
 log = structlog.get_logger(__name__)
@@ -52,13 +60,15 @@ class Line:
         self._manifests = read_manifests(config)
         # Workers that start in the same second give different names to the parts of a camera that moves between them.
         run = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(2)}"
+        host = socket.gethostname()
         self._place = Place(
             config.site,
             config.area,
             config.line,
-            worker=f"{socket.gethostname()}-{run}",
+            worker=f"{host}-{run}",
             budget_ms=config.budget_ms,
             pool=None if config.pool is None else config.pool.name,
+            host=host,
         )
         self.metrics = Metrics()
         self.health = Health()
@@ -69,45 +79,14 @@ class Line:
         self._thresholds = ThresholdCache(
             ThresholdStore(config.redis), self._manifests, config.redis, metrics=self.metrics, health=self.health
         )
-        self._sink = Sink(config.kafka, metrics=self.metrics, health=self.health)
         self._encoder = Encoder(self._place, config.kafka.content_mode)
         self._evidence = Evidence(config.evidence, self._manifests, self.health)
-        stations = config.station_plans
-        self._triggers = TriggerReader(
-            config.kafka,
-            stations,
-            line=config.line,
-            take=self._triggered,
-            refuse=self._sink.put,
-            encoder=self._encoder,
-            metrics=self.metrics,
-            health=self.health,
-        )
-        self._judge = Judge(
-            Parts(stations, {}, budget_s=config.budget_ms / 1e3, run=run),
-            self._manifests,
-            self._thresholds,
-            evidence=self._evidence,
-            encoder=self._encoder,
-            sink=self._sink,
-            metrics=self.metrics,
-            health=self.health,
-            settled=self._triggers.settled,
-        )
+        self._outbox = self._make_outbox(config)
+        self._triggers = self._make_triggers(config)
+        self._judge = self._make_judge(config, run)
         self._stop_dispatch = threading.Event()
-        self.cameras = Readers(
-            self._manifests,
-            stations,
-            batcher=self._batcher,
-            judge=self._judge,
-            encoder=self._encoder,
-            sink=self._sink,
-            metrics=self.metrics,
-            health=self.health,
-            take=self._accept,
-            run=run,
-            budget_s=config.budget_ms / 1e3,
-        )
+        self.cameras = self._make_readers(config, run)
+        self._heartbeat = self._make_heartbeat(config)
         for camera in config.cameras:
             self.cameras.prepare(camera)
         self._pool: CameraPool | None = None
@@ -116,6 +95,7 @@ class Line:
         self._newcomers = Newcomers(config.triton.models_repo, self._manifests, self._inference, self._thresholds)
         self._dispatcher = threading.Thread(target=self._dispatch, name="dispatcher", daemon=True)
         self._page: HealthPage | None = None
+        self._told: frozenset[str] = frozenset()
 
     def start(self) -> None:
         """Reach every dependency, then start the cameras. Raises DependencyError or CheckError; nothing stays up."""
@@ -123,7 +103,8 @@ class Line:
             for product in self._inference.start(optional=self._manifests.keys() - set(self._config.products)):
                 del self._manifests[product]
             self._thresholds.start()
-            self._sink.start()
+            self._told = stored_inspections(self._config.outbox.dir)
+            self._outbox.start()
             self._start_evidence()
             if self._pool is not None:
                 self._pool.connect()
@@ -135,17 +116,19 @@ class Line:
             self._triggers.close()
             self._close_page()
             self._evidence.close()
-            self._sink.close()
+            self._outbox.close(time.monotonic())
             self._thresholds.close()
             self._inference.close()
             raise
         self._judge.start()
+        self.health.beat("dispatcher")
         self._dispatcher.start()
         self.cameras.start()
         self._triggers.start()
         if self._pool is not None:
             self._pool.start(list(self.cameras.names))
             self._newcomers.start()
+        self._heartbeat.start()
         gc.collect()
         gc.freeze()  # what is here now stays: the collections of the judge look at the frames' garbage only
         log.info("line started", line=self._config.line, cameras=len(self._config.cameras), products=[*self._manifests])
@@ -161,24 +144,28 @@ class Line:
 
     def close(self) -> LineSnapshot:
         """Stop the cameras, let every open part get its verdict, deliver what is left; gives the last figures."""
+        now_s = time.monotonic()
+        drained_s = now_s + self._config.drain_timeout_s
+        judging_s = min(self._config.budget_ms / 1e3 + _DRAIN_MARGIN_S, self._config.drain_timeout_s * _JUDGING_SHARE)
+        judged_s = now_s + judging_s
         self._triggers.stop()
         self._newcomers.close()
         if self._pool is not None:
             self._pool.stop()
         self.cameras.stop()
         self._batcher.close()
-        until = time.monotonic() + self._config.budget_ms / 1e3 + _DRAIN_MARGIN_S
-        self.cameras.join(until)
+        self.cameras.join(judged_s)
         if self._pool is not None:
             self._pool.close()  # only now: whoever gets the cameras reads them at once
-        while self._judge.open_parts and time.monotonic() < until:
+        while self._judge.open_parts and time.monotonic() < judged_s:
             time.sleep(TICK_S)
         self._stop_dispatch.set()
         self._inference.close()
         self._dispatcher.join(2.0)
         self._judge.close()
-        self._evidence.close()
-        self._sink.close()
+        self._evidence.close(max(0.0, min(_PICTURES_S, drained_s - time.monotonic())))
+        self._heartbeat.close()
+        left = self._outbox.close(drained_s - _CLOSING_S)
         self._triggers.close()  # after the last acknowledgement, which moves its place
         self._thresholds.close()
         self._close_page()
@@ -189,6 +176,7 @@ class Line:
             judged=last.judged,
             acknowledged=last.acknowledged,
             undelivered=last.undelivered,
+            left_in_outbox=left.parts,
         )
         return last
 
@@ -215,12 +203,79 @@ class Line:
         if self._page is not None:
             self._page.__exit__(None, None, None)
 
+    def _make_outbox(self, config: LineConfig) -> Outbox:
+        return Outbox(
+            config.outbox,
+            Sink(config.kafka, encoder=self._encoder, metrics=self.metrics, health=self.health),
+            max_held=config.kafka.max_unacknowledged,
+            metrics=self.metrics,
+            health=self.health,
+        )
+
+    def _make_triggers(self, config: LineConfig) -> TriggerReader:
+        return TriggerReader(
+            config.kafka,
+            config.station_plans,
+            line=config.line,
+            take=self._triggered,
+            refuse=self._outbox.put,
+            encoder=self._encoder,
+            metrics=self.metrics,
+            health=self.health,
+        )
+
+    def _make_judge(self, config: LineConfig, run: str) -> Judge:
+        return Judge(
+            Parts(config.station_plans, {}, budget_s=config.budget_ms / 1e3, run=run),
+            self._manifests,
+            self._thresholds,
+            evidence=self._evidence,
+            encoder=self._encoder,
+            outbox=self._outbox,
+            metrics=self.metrics,
+            health=self.health,
+            settled=self._triggers.settled,
+        )
+
+    def _make_readers(self, config: LineConfig, run: str) -> Readers:
+        return Readers(
+            self._manifests,
+            config.station_plans,
+            batcher=self._batcher,
+            judge=self._judge,
+            encoder=self._encoder,
+            outbox=self._outbox,
+            metrics=self.metrics,
+            health=self.health,
+            take=self._accept,
+            run=run,
+            budget_s=config.budget_ms / 1e3,
+        )
+
+    def _make_heartbeat(self, config: LineConfig) -> Heartbeat:
+        return Heartbeat(
+            config.monitoring.heartbeat_s,
+            self._manifests,
+            self._thresholds,
+            epoch=lambda: self.cameras.epoch,
+            encoder=self._encoder,
+            put=self._outbox.put,
+            metrics=self.metrics,
+            health=self.health,
+        )
+
     # Camera threads, and that of the triggers
 
     def _accept(self, frame: Frame) -> None:
         self._infer(self._judge.accept(frame))
 
     def _triggered(self, trigger: Trigger) -> None:
+        place, part = self._place, trigger
+        if inspection_id(place.source, part.station, part.part_id, None, part.meas_id) in self._told:
+            # Judged by the run before, whose place in the topic was not kept: its verdict lies in the outbox.
+            self.metrics.trigger("duplicate")
+            self._triggers.settled(trigger.receipt)
+            return
         self._infer(self._judge.trigger(replace(trigger, epoch=self.cameras.epoch)))
 
     def _infer(self, frames: list[Frame]) -> None:
@@ -267,6 +322,18 @@ class Line:
             self._batcher.service_s += _SERVICE_WEIGHT * (took_s - self._batcher.service_s)
         for inference in inferences:
             self._judge.put(inference)
+
+
+def stored_inspections(folder: Path | None) -> frozenset[str]:
+    """Give the ids of the parts whose verdict an earlier run left in the outbox of that folder."""
+    if folder is None or not folder.is_dir():
+        return frozenset()
+    try:
+        parts = [event for event in read_stored(folder) if event.is_part]
+    except OSError as error:
+        log.error("outbox not read: triggers may be told twice", folder=str(folder), error=error.strerror)
+        return frozenset()
+    return frozenset(str(decode(part.value, dict(part.headers))["attributes"]["id"]) for part in parts)
 
 
 def read_manifests(config: LineConfig) -> dict[str, Manifest]:

@@ -197,6 +197,13 @@ class FolderCamera(_Paced):
     type: Literal["folder"]
 
 
+class PoolMember(Block):
+    """What a record of the camera pool says besides the camera's own block."""
+
+    pool: Name = "default"
+    """Whose workers read this camera."""
+
+
 AnyCamera = RtspCamera | GenicamCamera | UsbCamera | VideoCamera | FolderCamera
 Camera = Annotated[AnyCamera, Field(discriminator="type")]
 

@@ -19,13 +19,15 @@ from typing import Annotated, Literal
 import typer
 from rich.live import Live
 
+from pipeline import asyncapi, deepstream, logs
 from pipeline import config as configuration
-from pipeline import deepstream, logs
 from pipeline.app import Line, read_manifests
 from pipeline.cli_cameras import cameras_app
 from pipeline.cli_models import models_app
 from pipeline.cli_plan import plan
+from pipeline.cli_reconcile import reconcile
 from pipeline.cli_thresholds import threshold_doubts, thresholds_app
+from pipeline.cli_topics import topics_app
 from pipeline.errors import CheckError, LineError
 from pipeline.health import Health
 from pipeline.inference import InferenceClient
@@ -45,6 +47,7 @@ from pipeline.terminal import (
     stdout,
 )
 from pipeline.threshold_store import ThresholdStore
+from pipeline.trial import try_verdicts
 from pipeline.types import CameraState
 from pipeline.wire import schemas
 
@@ -61,9 +64,11 @@ for name, group in (
     ("verdicts", verdicts_app),
     ("config", config_app),
     ("deepstream", deepstream_app),
+    ("topics", topics_app),
 ):
     app.add_typer(group, name=name)
 app.command("plan")(plan)
+app.command()(reconcile)
 
 
 def main() -> None:
@@ -110,14 +115,22 @@ def run(
     finally:
         last = line.close()
     _summarise(last, time.monotonic() - started, as_json=as_json, path=summary)
-    if lost := max(last.undelivered, last.triggered - last.acknowledged):
-        raise CheckError(f"{lost} verdicts never reached Kafka", hint="see the log for the reason")
+    if last.stored:
+        stderr.print(f"{last.stored} verdicts are left in the outbox: the next run delivers them", highlight=False)
+    if last.lost:
+        raise CheckError(f"{last.lost} verdicts never reached Kafka", hint="see the log for the reason")
     if failed := [camera.camera_id for camera in last.cameras if camera.state is CameraState.FAILED]:
         raise CheckError(f"cameras failed: {', '.join(failed)}", hint="see the log for the reason")
 
 
 @app.command()
-def check(config: Config = CONFIG_FILE, as_json: Json = False) -> None:
+def check(
+    config: Config = CONFIG_FILE,
+    verdict: Annotated[
+        bool, typer.Option("--verdict", help="Besides, judge a grey picture of each product, up to its event on Kafka.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Try everything a run needs, once: the file, the manifests, Triton's signatures, Redis and Kafka."""
     logs.configure(level="error")
     settings = configuration.load(config)
@@ -144,6 +157,8 @@ def check(config: Config = CONFIG_FILE, as_json: Json = False) -> None:
     if settings.pool is not None:
         table, partitions = PoolTopic(settings.kafka).read()
         done.append(f"camera pools: {len(table)} cameras in {partitions} partitions")
+    if verdict:
+        done += try_verdicts(settings, {manifest.product: manifest for manifest in fit})
     lines = [*(f"good  {what}" for what in done), *(f"look  {doubt}" for doubt in doubts)]
     answer({"ok": True, "checked": done, "doubts": doubts}, as_json, "\n".join(lines))
 
@@ -156,8 +171,8 @@ def stack(context: typer.Context) -> None:
 
 @app.command(context_settings=PASS_ON)
 def bench(context: typer.Context) -> None:
-    """Measure this machine: `bench line`, `serving`, `ingest`; model many from it: `scaling` (each with --json)."""
-    kinds = {"ingest", "line", "scaling", "serving"}
+    """Measure this machine: `bench line`, `serving`, `ingest`, `delivery`; model many: `scaling` (all with --json)."""
+    kinds = {"delivery", "ingest", "line", "scaling", "serving"}
     if not context.args or context.args[0] not in kinds:
         raise typer.BadParameter(f"name a benchmark: {', '.join(sorted(kinds))}")
     raise typer.Exit(run_script(f"tests/benchmarks/{context.args[0]}.py", context.args[1:]))
@@ -195,9 +210,15 @@ def config_show(config: Config = CONFIG_FILE) -> None:
 @config_app.command("schema")
 def config_schema(
     wire: Annotated[bool, typer.Option(help="The schemas of the events instead.")] = False,
+    out: Annotated[Path | None, typer.Option(help="With --wire: write them and asyncapi.json to this folder.")] = None,
 ) -> None:
     """Print the JSON Schema of the line file, for editors and charts."""
-    sys.stdout.write(json.dumps(schemas() if wire else configuration.schema(), indent=2) + "\n")
+    if not wire or out is None:
+        sys.stdout.write(json.dumps(schemas() if wire else configuration.schema(), indent=2) + "\n")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for name, document in {**schemas(), "asyncapi.json": asyncapi.document()}.items():
+        (out / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 @deepstream_app.command("render")

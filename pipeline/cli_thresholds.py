@@ -144,6 +144,9 @@ def thresholds_export(
 @thresholds_app.command("import")
 def thresholds_import(
     file: Annotated[Path, typer.Argument(help="What `export` wrote.")],
+    only_unset: Annotated[
+        bool, typer.Option("--only-unset", help="Leave products alone that have limits for the served model.")
+    ] = False,
     reason: Reason = "",
     author: Author = "",
     dry_run: DryRun = False,
@@ -158,6 +161,10 @@ def thresholds_import(
     manifests = {product: read_manifest(settings.triton.models_repo, product) for product in products}
     current = {product: _or_none(store, product) for product in products}
     changes = limits.plan(document, str(file), current, manifests)
+    if only_unset:
+        changes = [
+            each for each in changes if limits.read(current[each.product], manifests[each.product]).threshold is None
+        ]
     why = reason or f"import of {file.name}"
     changes = [Change(**{**asdict(change), "reason": why}) for change in changes]
     written = [] if dry_run or not changes else store.write(changes, author=_author(author), action="import")

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -29,6 +30,7 @@ from pipeline.cameras import (
     Block,
     Camera,
     Name,
+    Positive,
     read_secret,
 )
 from pipeline.errors import ConfigError
@@ -61,6 +63,27 @@ class Evidence(Block):
     """The oldest pictures are removed beyond this number."""
 
 
+class Outbox(Block):
+    """Events on disk until Kafka has them."""
+
+    dir: Path | None = Path("outbox")
+    """Folder on a local disk, one for each worker; null goes without: events then are lost with the worker."""
+    max_mb: Annotated[int, Field(ge=1, le=1_000_000)] = 2048
+    """Most room on disk. Beyond it no verdict is OK (cause `outbox_unavailable`); nothing stored is thrown away."""
+    max_age_h: Positive = 72.0
+    """The same once the oldest event has waited so long for Kafka."""
+
+    @property
+    def max_bytes(self) -> int:
+        """The bound on room, in bytes."""
+        return self.max_mb * 1024 * 1024
+
+    @property
+    def max_age_s(self) -> float:
+        """The bound on age, in seconds."""
+        return self.max_age_h * 3600
+
+
 class Monitoring(Block):
     """What ops look at."""
 
@@ -68,6 +91,8 @@ class Monitoring(Block):
     """Port for `/metrics`, `/livez` and `/readyz`; 0 takes a free one, unset serves none."""
     host: str = "127.0.0.1"
     """Address to listen on."""
+    heartbeat_s: Annotated[float, Field(ge=0.1, le=3600, allow_inf_nan=False)] = 10.0
+    """How often the worker tells of itself on `<prefix>.status.v1`."""
 
     @field_validator("host")
     @classmethod
@@ -118,6 +143,10 @@ class LineConfig(BaseSettings):
     """Production line; first half of the Kafka key."""
     budget_ms: Annotated[float, Field(gt=0, le=600_000, allow_inf_nan=False)] = 2_000.0
     """From capture to verdict; a part not judged by then is UNINSPECTED with cause `deadline`."""
+    drain_timeout_s: Positive = 20.0
+    """Time for the whole end of a run, from the signal on: open parts get their verdicts (the latest after 70 % of it,
+    then as UNINSPECTED), then events are delivered. What Kafka has not got by then is left in the outbox. Kubernetes
+    must give the pod some seconds more."""
     cameras: list[Camera] = []
     """The cameras that this worker reads, whatever the pool holds; at least one where there is no pool."""
     pool: Pool | None = None
@@ -132,6 +161,8 @@ class LineConfig(BaseSettings):
     """Server for thresholds."""
     batching: Batching = Batching()
     """Gathering of frames."""
+    outbox: Outbox = Outbox()
+    """Events on disk until Kafka has them."""
     evidence: Evidence = Evidence()
     """Pictures kept for review."""
     monitoring: Monitoring = Monitoring()
@@ -253,7 +284,7 @@ def read_text(path: Path, *, hint: str = "") -> str:
 
 def _rooted(config: LineConfig, root: Path) -> LineConfig:
     """Resolve the file's relative paths against the folder it lies in."""
-    blocks = {name: rooted(getattr(config, name), root) for name in ("triton", "redis", "evidence")}
+    blocks = {name: rooted(getattr(config, name), root) for name in ("triton", "kafka", "redis", "evidence", "outbox")}
     pool = None if config.pool is None else rooted(config.pool, root)
     return config.model_copy(
         update={**blocks, "cameras": [rooted(camera, root) for camera in config.cameras], "pool": pool}
@@ -261,9 +292,11 @@ def _rooted(config: LineConfig, root: Path) -> LineConfig:
 
 
 def rooted(block: _B, root: Path) -> _B:
-    """Resolve a block's relative paths against a folder."""
-    values = ((name, getattr(block, name)) for name in type(block).model_fields)
-    return block.model_copy(update={name: root / value for name, value in values if isinstance(value, Path)})
+    """Resolve a block's relative paths, and those of the blocks in it, against a folder."""
+    values = {name: getattr(block, name) for name in type(block).model_fields}
+    paths = {name: root / value for name, value in values.items() if isinstance(value, Path)}
+    blocks = {name: rooted(value, root) for name, value in values.items() if isinstance(value, Block)}
+    return block.model_copy(update={**paths, **blocks})
 
 
 def _with_masks_read(config: LineConfig, path: Path) -> LineConfig:
@@ -284,7 +317,8 @@ def with_mask(camera: Camera, path: Path) -> Camera:
 
 def _secrets(config: LineConfig) -> Iterator[Path]:
     cameras = (getattr(camera, "password_file", None) for camera in config.cameras)
-    servers = (config.redis.password_file, config.redis.key_file, config.triton.control_key_file)
+    kafka = None if config.kafka.sasl is None else config.kafka.sasl.password_file
+    servers = (kafka, config.redis.password_file, config.redis.key_file, config.triton.control_key_file)
     yield from (path for path in (*cameras, *servers) if path is not None)
 
 
@@ -316,9 +350,16 @@ def _known_keys(place: list[int | str]) -> list[str]:
         return sorted({key for kind in get_args(AnyCamera) for key in kind.model_fields})
     if place[0] == "stations":
         return list((StationView if "views" in place else Station).model_fields)
-    block = LineConfig.model_fields.get(str(place[0]))
-    annotation = block.annotation if block is not None else None
-    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+    block: type[BaseModel] | None = LineConfig
+    for step in place:
+        block = _block(block.model_fields.get(str(step))) if block is not None else None
+    return [] if block is None else list(block.model_fields)
+
+
+def _block(entry: FieldInfo | None) -> type[BaseModel] | None:
+    """Find the kind of block that a key holds, if it holds one."""
+    kinds = () if entry is None else get_args(entry.annotation) or (entry.annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _rename_definitions(node: object) -> object:

@@ -30,6 +30,7 @@ from pipeline.types import (
 )
 from pipeline.wire import (
     AuditData,
+    HeartbeatData,
     MissingViewData,
     ModelData,
     RegionData,
@@ -43,18 +44,21 @@ from pipeline.wire import (
 
 _TYPE_PREFIX = "io.logicrd.inspection."
 _NAMESPACE = uuid5(NAMESPACE_URL, "urn:logicrd:inspection")
-_TYPES = {"verdict": "verdict.v1", "view": "view.v1", "status": "status.v1", "audit": "audit.v1"}
+_TYPES = {kind: f"{kind}.v1" for kind in ("verdict", "view", "status", "audit", "heartbeat")}
+_TOPICS = _TYPES | {"heartbeat": "status.v1"}
 _DEAD_LETTER = "dlq.v1"
 _LONGEST_DEAD_LETTER = 64 * 1024
+_LONGEST_HEADER, _MOST_HEADERS = 1024, 64
 
-EventKind = Literal["verdict", "view", "status", "audit"]
+EventKind = Literal["verdict", "view", "status", "audit", "heartbeat"]
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
     """One Kafka record. `topic` is without the site's prefix; `is_part` marks what the MES counts.
 
-    `done` is called once the record's fate is known, on the client library's thread; it must not block.
+    `done` is called once the record can no longer be lost, on the outbox's or the client library's thread; it must not
+    block.
     """
 
     topic: str
@@ -75,6 +79,7 @@ class Place:
     worker: str
     budget_ms: float
     pool: str | None = None
+    host: str = ""
 
     @property
     def source(self) -> str:
@@ -88,6 +93,11 @@ class Encoder:
     def __init__(self, place: Place, content_mode: Literal["binary", "structured"]) -> None:
         self._place = place
         self._content_mode = content_mode
+
+    @property
+    def place(self) -> Place:
+        """Who speaks."""
+        return self._place
 
     def part(self, part: PartVerdict, *, decided_at: datetime) -> tuple[Event, ...]:
         """Encode a part's verdict: one event a view, then the part's."""
@@ -127,14 +137,24 @@ class Encoder:
         return self._event("audit", name, data.part_id, at, f"{place.line}/{frame.station}".encode(), _json(data))
 
     def dead_letter(
-        self, place: str, key: bytes | None, value: bytes | None, headers: Iterable[tuple[str, bytes]], error: str
+        self,
+        place: str,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Iterable[tuple[str, bytes | None]],
+        error: str,
     ) -> Event:
-        """Wrap a record that cannot be used: as it came, with what was wrong and where it lay (`place`) as headers."""
+        """Wrap a record that cannot be used: as it came, with what was wrong and where it lay (`place`) as headers.
+
+        What is longer than a record of Kafka should be is cut: the value at 64 KB, key and headers at 1 KB each.
+        """
         told = {"logicrd_error": error, "logicrd_record": place, "logicrd_worker": self._place.worker}
         if value is not None and len(value) > _LONGEST_DEAD_LETTER:
             value, told["logicrd_cut_from"] = value[:_LONGEST_DEAD_LETTER], str(len(value))
-        added = ((name, text.encode()) for name, text in told.items())
-        return Event(_DEAD_LETTER, key or b"", value or b"", (*headers, *added))
+        # A header may be null in Kafka and not in the library; what is huge is cut, lest the letter be refused too.
+        kept = [(name[:128], (text or b"")[:_LONGEST_HEADER]) for name, text in headers][:_MOST_HEADERS]
+        added = ((name, text.encode()[:_LONGEST_HEADER]) for name, text in told.items())
+        return Event(_DEAD_LETTER, (key or b"")[:_LONGEST_HEADER], value or b"", (*kept, *added))
 
     def status(
         self, camera_id: str, state: CameraState, reason: str, at: datetime, *, epoch: int | None = None
@@ -146,6 +166,11 @@ class Encoder:
         )
         name = f"{place.worker}/{camera_id}/{at.isoformat()}"
         return self._event("status", name, camera_id, at, camera_id.encode(), _json(data))
+
+    def heartbeat(self, data: HeartbeatData, at: datetime) -> Event:
+        """Encode a worker's word on itself; keyed by line and host, so that the last one can be kept."""
+        key = f"worker/{data.line}/{data.host}"
+        return self._event("heartbeat", f"{data.worker}/{at.isoformat()}", data.worker, at, key.encode(), _json(data))
 
     def _inspection(self, part: Part) -> str:
         return inspection_id(self._place.source, part.station, part.part_id, part.camera_id, part.meas_id)
@@ -207,7 +232,7 @@ class Encoder:
             head = json.dumps({**attributes, "datacontenttype": "application/json"})
             value = head[:-1].encode() + b', "data": ' + value + b"}"
             headers = [("content-type", b"application/cloudevents+json; charset=UTF-8")]
-        return Event(_TYPES[kind], key, value, tuple(headers), is_part=is_part)
+        return Event(_TOPICS[kind], key, value, tuple(headers), is_part=is_part)
 
 
 def inspection_id(
@@ -238,6 +263,24 @@ def decode(value: bytes, headers: dict[str, bytes | None]) -> dict[str, Any]:
     if "id" not in attributes or not isinstance(data, dict):
         raise ValueError("not a CloudEvent of ours: no id, or no data object")
     return {"attributes": attributes, "data": data}
+
+
+def packed(event: Event) -> bytes:
+    """Put an event into bytes for the outbox, without `done`: a line of JSON, then the value. Headers are any bytes."""
+    headers = [[name, value.decode("latin-1")] for name, value in event.headers]
+    head = [event.topic, event.key.decode("latin-1"), event.is_part, headers]
+    return json.dumps(head, separators=(",", ":")).encode() + b"\n" + event.value
+
+
+def unpacked(data: bytes) -> Event:
+    """Read what `packed` made. Raises ValueError."""
+    head, _, value = data.partition(b"\n")
+    try:
+        topic, key, is_part, headers = json.loads(head)
+        named = tuple((name, text.encode("latin-1")) for name, text in headers)
+        return Event(topic, key.encode("latin-1"), value, named, is_part=is_part)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"no event: {error}") from None
 
 
 def _json(data: BaseModel) -> bytes:

@@ -53,6 +53,7 @@ class Evidence:
         self._settings.dir.mkdir(parents=True, exist_ok=True)
         known = (path for path in self._settings.dir.glob("*/*") if path.is_file())
         self._written.extend(sorted(known, key=lambda path: path.stat().st_mtime))
+        self._health.beat(_STAGE)
         self._thread.start()
 
     def reference(self, inference: Inference, judgement: Judgement) -> str | None:

@@ -6,11 +6,11 @@ The only place where views become a part's verdict. Called by `parts`.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from pipeline.stations import StationView
-from pipeline.types import Cause, Frame, Judgement, MissingView, Part, PartVerdict, ViewVerdict
+from pipeline.types import Cause, Frame, Judgement, MissingView, Part, PartVerdict, Verdict, ViewVerdict
 
 
 @dataclass(slots=True)
@@ -82,3 +82,16 @@ def fuse(
             deciding, missing = needed, absent
     causes = (view.cause.value for view in missing) if judgement is Judgement.UNINSPECTED else ()
     return judgement, tuple(dict.fromkeys(chain(*(view.verdict.reasons for view in deciding), causes)))
+
+
+def unstored(part: PartVerdict) -> PartVerdict:
+    """Make of a verdict what may leave when it could not be stored: an NG stands, anything else is UNINSPECTED."""
+    views = tuple(replace(view, verdict=_unstored(view.verdict)) for view in part.views)
+    left = _unstored(Verdict(part.judgement, part.reasons))
+    return replace(part, judgement=left.judgement, reasons=left.reasons, views=views)
+
+
+def _unstored(verdict: Verdict) -> Verdict:
+    if verdict.judgement in {Judgement.NG, Judgement.UNINSPECTED}:
+        return verdict
+    return replace(verdict, judgement=Judgement.UNINSPECTED, reasons=(Cause.OUTBOX_UNAVAILABLE.value,))

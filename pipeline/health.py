@@ -1,7 +1,9 @@
 """Liveness and readiness from the stages' own progress, and the small HTTP page that shows them.
 
-A stage calls `beat` in its loop; a stage that has not beaten for its limit makes the worker not alive. Readiness is a
-second set of facts: Triton answered, thresholds are known. `/metrics` is served from the same port.
+A stage beats once before its thread starts, so that one that never comes round is seen too, then in its loop; a stage
+that has not beaten for its limit makes the worker not alive. Two waits are no stage's: a camera that is being opened
+(it is `lost` or `connecting`), and the asking for names, which the system's resolver may hold up for a minute.
+Readiness is a second set of facts: Triton answered, thresholds are known. `/metrics` is served from the same port.
 """
 
 from __future__ import annotations
@@ -43,6 +45,11 @@ class Health:
         """List the stages without a heartbeat for `STALL_S`."""
         now = time.monotonic()
         return sorted(stage for stage, at in dict(self._beats).items() if now - at > STALL_S)
+
+    def ages_s(self) -> dict[str, float]:
+        """Give the time since each stage's last heartbeat, in seconds, by name."""
+        now = time.monotonic()
+        return {stage: now - at for stage, at in sorted(dict(self._beats).items())}
 
     def missing(self) -> list[str]:
         """List what readiness still waits for."""

@@ -61,6 +61,7 @@ class InferenceClient:
             for name, manifest in manifests.items()
         }
         self._outputs = [InferRequestedOutput(name) for name in OUTPUTS]
+        self._health = health
         self._pool = ReplicaPool(settings, self._probe, metrics=metrics, health=health, resolve=resolve)
 
     def start(self, *, optional: Collection[str] = ()) -> list[str]:
@@ -144,7 +145,14 @@ class InferenceClient:
                 done(inferences)
 
         try:
-            client.async_infer(batch.product, [tensor], answered, outputs=self._outputs, client_timeout=remaining_s)
+            client.async_infer(
+                batch.product,
+                [tensor],
+                answered,
+                outputs=self._outputs,
+                client_timeout=remaining_s,
+                timeout=int(remaining_s * 1e6),  # in the server's queues, which a cancelled call may stay in
+            )
         except (InferenceServerException, ValueError) as error:  # ValueError: the channel is closed
             log.debug("inference not sent", product=batch.product, replica=replica.address, error=str(error))
             self._pool.give_back(replica, Fault.GONE, str(error), first_try=False)
@@ -202,6 +210,7 @@ class InferenceClient:
             return finding
         for look in (self._signature, self._canary):
             for product in [name for name in manifests if name not in lacking]:
+                self._health.beat(replicas.PROBES)  # each look is bounded in time, the sum of them is not
                 finding = look(client, manifests[product])
                 if finding[0] in (Finding.FAILED, Finding.REFUSED) and product in self._optional - self._served:
                     lacking.add(product)

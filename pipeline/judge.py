@@ -19,13 +19,14 @@ from functools import partial
 
 import structlog
 
-from pipeline.events import Encoder
+from pipeline.events import Encoder, Event
 from pipeline.evidence import Evidence
+from pipeline.fusion import unstored
 from pipeline.health import Health
 from pipeline.manifest import Manifest
 from pipeline.metrics import Metrics
+from pipeline.outbox import Outbox
 from pipeline.parts import Arrival, Parts
-from pipeline.sink import Sink
 from pipeline.thresholds import ThresholdCache
 from pipeline.types import (
     CameraState,
@@ -62,7 +63,7 @@ class Judge:
         *,
         evidence: Evidence,
         encoder: Encoder,
-        sink: Sink,
+        outbox: Outbox,
         metrics: Metrics,
         health: Health,
         settled: Callable[[tuple[int, int]], None],
@@ -72,7 +73,7 @@ class Judge:
         self._thresholds = thresholds
         self._evidence = evidence
         self._encoder = encoder
-        self._sink = sink
+        self._outbox = outbox
         self._metrics = metrics
         self._health = health
         self._settled = settled
@@ -87,6 +88,7 @@ class Judge:
 
     def start(self) -> None:
         """Begin to judge."""
+        self._health.beat(_STAGE)
         self._thread.start()
 
     @property
@@ -209,8 +211,10 @@ class Judge:
             self._guarded(Inference(frame, cause=Cause.DEADLINE))
         with self._lock:
             released, strays = self._parts.expire(now_s, self._lost, last=last)
+            still_open = self._parts.open_by_station()
         self._send(released)
         self._audit(strays)
+        self._metrics.parts_open(still_open)
 
     def _guarded(self, inference: Inference) -> None:
         try:
@@ -258,11 +262,26 @@ class Judge:
                 self._metrics.undelivered(1, parts=1)
 
     def _deliver(self, verdict: PartVerdict) -> None:
+        """Let a verdict go; one that cannot be stored never leaves as OK."""
+        decided_at = datetime.now(UTC)
+
+        def otherwise() -> tuple[Event, ...]:
+            left = unstored(verdict)
+            self._note(left)
+            return self._events(left, decided_at)
+
+        events = self._events(verdict, decided_at)
+        self._outbox.put(*events, final=partial(self._note, verdict), otherwise=otherwise)
+
+    def _events(self, verdict: PartVerdict, decided_at: datetime) -> tuple[Event, ...]:
+        events = self._encoder.part(verdict, decided_at=decided_at)
+        if (receipt := verdict.part.receipt) is None:
+            return events
+        return *events[:-1], replace(events[-1], done=partial(self._settled, receipt))
+
+    def _note(self, verdict: PartVerdict) -> None:
+        """Count a verdict, and say it unless it is OK; from the outbox's thread, or this one."""
         self._metrics.verdict(verdict)
-        events = self._encoder.part(verdict, decided_at=datetime.now(UTC))
-        if (receipt := verdict.part.receipt) is not None:
-            events = *events[:-1], replace(events[-1], done=partial(self._settled, receipt))
-        self._sink.put(*events)
         if verdict.judgement is not Judgement.OK:
             log.info(
                 "part",
@@ -280,7 +299,7 @@ class Judge:
             self._metrics.stray(stray.frame.station, stray.reason)
             if stray.reason is StrayReason.LATE_RESULT and stray.scores is None:
                 continue  # a fault that came late says nothing that the verdict has not said
-            self._sink.put(self._encoder.audit(stray, datetime.now(UTC)))
+            self._outbox.put(self._encoder.audit(stray, datetime.now(UTC)))
 
     def _count(self, view: ViewVerdict) -> None:
         frame, inference = view.frame, view.inference

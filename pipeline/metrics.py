@@ -64,6 +64,7 @@ class StationFigures:
     """The parts of one station since the start: triggered = OK + NG + REVIEW + UNINSPECTED + those still open."""
 
     triggered: int = 0
+    open: int = 0
     judgements: Tally[Judgement] = field(default_factory=Tally)
     causes: Tally[str] = field(default_factory=Tally)
 
@@ -76,14 +77,16 @@ class StationSnapshot:
     triggered: int
     judgements: dict[str, int]
     causes: dict[str, int]
+    open: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class LineSnapshot:
     """The line's figures at one moment: of the cameras that it reads, and the sums of all that it has read.
 
-    `triggered` and `judged` count parts, `acknowledged` those Kafka has confirmed. `p50_ms` and `p99_ms` are from a
-    part's trigger or capture to its verdict.
+    `triggered` and `judged` count parts, `acknowledged` those Kafka has confirmed, `found` among them those that an
+    earlier run left in the outbox, `stored` those that are in it now. `p50_ms` and `p99_ms` are from a part's trigger
+    or capture to its verdict.
     """
 
     cameras: tuple[CameraSnapshot, ...]
@@ -94,6 +97,13 @@ class LineSnapshot:
     undelivered: int
     p50_ms: float | None
     p99_ms: float | None
+    found: int = 0
+    stored: int = 0
+
+    @property
+    def lost(self) -> int:
+        """Parts that nobody will hear of: what was due, less what Kafka has and what the outbox keeps."""
+        return max(self.undelivered, self.triggered + self.found - self.acknowledged - self.stored)
 
 
 class Metrics:
@@ -107,11 +117,14 @@ class Metrics:
         self._retired: set[str] = set()
         self._stations: dict[str, StationFigures] = {}
         self._latencies_s: deque[float] = deque(maxlen=_WINDOW)
-        self._acknowledged = self._undelivered = 0
+        self._acknowledged = self._undelivered = self._found = self._stored = 0
         registry = self.registry
         self._frames = Counter("inspection_frames", "Frames read", ["camera"], registry=registry)
         self._triggered = Counter(
             "inspection_parts_triggered", "Parts opened; all get a verdict", ["station"], registry=registry
+        )
+        self._open = Gauge(
+            "inspection_parts_open", "Parts opened whose verdict has not gone out", ["station"], registry=registry
         )
         self._verdicts = Counter(
             "inspection_parts", "Part verdicts given", ["station", "verdict", "cause"], registry=registry
@@ -153,6 +166,21 @@ class Metrics:
         self.epoch = Gauge("inspection_pool_epoch", "Generation of the pool's group", registry=registry)
         self.unacknowledged = Gauge(
             "inspection_events_unacknowledged", "Events Kafka has not confirmed yet", registry=registry
+        )
+        self._outbox = Gauge(
+            "inspection_outbox", "Outbox: events and parts kept for Kafka, bytes on disk", ["what"], registry=registry
+        )
+        self._outbox_age = Gauge(
+            "inspection_outbox_age_seconds", "How long the oldest event has waited for Kafka", registry=registry
+        )
+        self._outbox_fill = Gauge(
+            "inspection_outbox_fill_ratio", "Share of the outbox's bound of size or age, the larger", registry=registry
+        )
+        self.outbox_up = Gauge(
+            "inspection_outbox_up", "1 while events can be stored; at 0 no verdict is OK", registry=registry
+        )
+        self.outbox_failures = Counter(
+            "inspection_outbox_failures", "Times the disk did not take events", registry=registry
         )
         self.threshold_age = Gauge(
             "inspection_threshold_age_seconds", "Since the last good read of Redis", registry=registry
@@ -223,6 +251,14 @@ class Metrics:
             self._stations.setdefault(station, StationFigures()).triggered += parts
         self._triggered.labels(station).inc(parts)
 
+    def parts_open(self, parts: Mapping[str, int]) -> None:
+        """Note how many parts of each station are open, counted where they lie and not from the other figures."""
+        with self._lock:
+            for station, count in parts.items():
+                self._stations.setdefault(station, StationFigures()).open = count
+        for station, count in parts.items():
+            self._open.labels(station).set(count)
+
     def view(self, camera_id: str, judgement: Judgement, cause: Cause | None, latency_s: float) -> None:
         """Count what one view said; `latency_s` is from its capture."""
         with self._lock:
@@ -290,6 +326,20 @@ class Metrics:
             self._undelivered += parts
         self._events.labels("undelivered").inc(count)
 
+    def outbox_found(self, parts: int) -> None:
+        """Note how many part verdicts an earlier run left."""
+        with self._lock:
+            self._found = self._stored = parts
+
+    def outbox(self, *, events: int, parts: int, size: int, age_s: float, fill: float) -> None:
+        """Note what the outbox keeps."""
+        with self._lock:
+            self._stored = parts
+        for what, value in (("events", events), ("parts", parts), ("bytes", size)):
+            self._outbox.labels(what).set(value)
+        self._outbox_age.set(age_s)
+        self._outbox_fill.set(fill)
+
     def snapshot(self) -> LineSnapshot:
         """Give the figures of this moment."""
         with self._lock:
@@ -299,14 +349,18 @@ class Metrics:
             stations = tuple(_station_snapshot(name, figures) for name, figures in self._stations.items())
             latencies = list(self._latencies_s)
             acknowledged, undelivered = self._acknowledged, self._undelivered
+            found, stored = self._found, self._stored
         triggered = sum(station.triggered for station in stations)
         judged = sum(sum(station.judgements.values()) for station in stations)
-        return LineSnapshot(cameras, stations, triggered, judged, acknowledged, undelivered, *_quantiles_ms(latencies))
+        quantiles = _quantiles_ms(latencies)
+        return LineSnapshot(
+            cameras, stations, triggered, judged, acknowledged, undelivered, *quantiles, found=found, stored=stored
+        )
 
 
 def _station_snapshot(name: str, figures: StationFigures) -> StationSnapshot:
     judgements = {judgement.value: figures.judgements[judgement] for judgement in Judgement}
-    return StationSnapshot(name, figures.triggered, judgements, dict(figures.causes))
+    return StationSnapshot(name, figures.triggered, judgements, dict(figures.causes), figures.open)
 
 
 def _camera_snapshot(name: str, figures: CameraFigures) -> CameraSnapshot:

@@ -25,7 +25,7 @@ from pipeline.cameras import read_secret
 from pipeline.errors import CheckError, ConfigError, DependencyError, LineError
 from pipeline.inference import INPUT, OUTPUTS, signature_faults
 from pipeline.releases import TEACHER_VERSION, ModelConfig, Release, pinned
-from pipeline.replicas import CHANNEL, Resolve
+from pipeline.replicas import Resolve
 from pipeline.servers import Triton as TritonSettings
 
 KEY_HEADER = "triton-grpc-protocol-logicrd"
@@ -54,12 +54,13 @@ class ModelControl:
         """Find every replica and ask each whether it takes the key. Raises DependencyError and ConfigError."""
         if self._settings.control_key_file is not None:
             self._headers = {KEY_HEADER: read_secret(self._settings.control_key_file).get_secret_value()}
+        tls = None if self._settings.tls is None else replicas.credentials(self._settings.tls)
         for name in self._settings.addresses:
             try:
                 found = self._resolve(name)
             except (OSError, UnicodeError) as error:
                 raise DependencyError(f"Triton at {name}: its name is not known: {error}") from None
-            self._clients |= {address: InferenceServerClient(address, channel_args=CHANNEL) for address in found}
+            self._clients |= {address: replicas.connect(name, address, tls) for address in found}
         try:
             for address in self._clients:
                 self._call(address, "", lambda client: client.get_model_repository_index(

@@ -136,6 +136,10 @@ class Parts:
         """Count the parts that have no verdict yet."""
         return self._undecided
 
+    def open_by_station(self) -> dict[str, int]:
+        """Count the parts of each station whose verdict has not been released."""
+        return {name: len(station.waiting) for name, station in self._stations.items()}
+
     def add_camera(self, camera_id: str, product: str) -> None:
         """Note that a camera is read from now on."""
         self._products[camera_id] = product

@@ -26,10 +26,11 @@ from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssi
 from kafka.errors import KafkaError
 from kafka.structs import TopicPartition
 
+from pipeline.brokers import Unreadable, client_options, no_topic, poll, unreachable
 from pipeline.cameras import Camera, read_secret
 from pipeline.config import Pool as PoolSettings
 from pipeline.config import rooted
-from pipeline.errors import ConfigError, DependencyError
+from pipeline.errors import ConfigError
 from pipeline.health import Health
 from pipeline.metrics import Metrics
 from pipeline.roster import Change, Place, Refusal, merged, plan, read_record
@@ -47,9 +48,10 @@ _POLL_S = 0.25
 _TIMEOUT_S = 3.0
 # A worker's poll, and its wait for readers that let go.
 _LET_GO_S = 3.0
+# Of a record's key, which need not be a camera's id: it is told in an event, which has to fit into a record.
+_LONGEST_NAME = 256
+_ACKNOWLEDGED_S = 20.0
 _STAGE = "camera pool"
-_STACK_HINT = "start it (`logicrd stack up` makes the topics too), or correct kafka.bootstrap in the line file"
-
 _APPLY = "apply the camera again with `logicrd cameras apply`"
 
 log = structlog.get_logger(__name__)
@@ -127,6 +129,7 @@ class CameraPool:
         assert self._consumer is not None  # noqa: S101 (set by connect)
         self._static = frozenset(static)
         self._consumer.subscribe([self._topic], listener=_Listener(self))
+        self._health.beat(_STAGE)
         self._thread.start()
 
     def stop(self) -> None:
@@ -163,9 +166,13 @@ class CameraPool:
 
     def _turn(self) -> None:
         assert self._consumer is not None  # noqa: S101 (set by connect)
-        for partition, records in self._consumer.poll(timeout_ms=int(_POLL_S * 1e3)).items():
-            for record in records:
-                self._note(partition.partition, record.key, record.value)
+        for record in poll(self._consumer, int(_POLL_S * 1e3)):
+            if isinstance(record, Unreadable):
+                log.error(
+                    "a record of the camera pool is skipped", offset=record.offset, error=record.error, hint=_APPLY
+                )
+            else:
+                self._note(record.partition, record.key, record.value)
         self._catch_up(self._consumer)
         generation = self._consumer.group_metadata().generation_id
         if generation >= 0 and generation != self._line.epoch:
@@ -177,7 +184,7 @@ class CameraPool:
     def _note(self, partition: int, key: bytes | None, value: bytes | None) -> None:
         """Keep what a record says; the last one of a key counts."""
         records = self._records.setdefault(partition, {})
-        name = (key or b"").decode("utf-8", "replace")
+        name = (key or b"")[:_LONGEST_NAME].decode("utf-8", "replace")
         found = read_record(key, value, self._pool.name) if value is not None else None
         if found is None:
             records.pop(name, None)
@@ -304,11 +311,11 @@ class PoolTopic:
             ends = consumer.end_offsets(partitions)
             table: dict[Place, bytes] = {}
             while any(consumer.position(partition) < end for partition, end in ends.items()):
-                for records in consumer.poll(timeout_ms=250).values():
-                    for record in records:
+                for record in poll(consumer, 250):
+                    if not isinstance(record, Unreadable):  # what no worker can read either
                         _keep(table, record)
         except KafkaError as error:
-            raise _unreachable(self._settings, error) from None
+            raise unreachable(self._settings, error) from None
         finally:
             consumer.close()
         return table, len(partitions)
@@ -322,12 +329,10 @@ class PoolTopic:
         writes = [write for change in changes for write in change.writes]
         try:
             producer = KafkaProducer(
-                bootstrap_servers=self._settings.bootstrap,
+                **client_options(self._settings),
                 client_id="logicrd-cameras",
                 acks="all",
                 max_block_ms=int(self._settings.startup_timeout_s * 1e3),
-                bootstrap_timeout_ms=int(self._settings.startup_timeout_s * 1e3),
-                allow_auto_create_topics=False,
             )
             try:
                 for removing in (True, False):
@@ -337,13 +342,13 @@ class PoolTopic:
                         if (value is None) is removing
                     ]
                     for future in sent:
-                        future.get(timeout=self._settings.drain_timeout_s)
+                        future.get(timeout=_ACKNOWLEDGED_S)
                     if removing and any(change.moves for change in changes):
                         time.sleep(_LET_GO_S)
             finally:
                 producer.close(timeout=5)
         except KafkaError as error:
-            raise _unreachable(self._settings, error) from None
+            raise unreachable(self._settings, error) from None
 
 
 def cameras_topic(settings: KafkaSettings) -> str:
@@ -362,26 +367,14 @@ def _keep(table: dict[Place, bytes], record: Any) -> None:  # noqa: ANN401 (the 
 def _connected(settings: KafkaSettings, topic: str, **options: Any) -> KafkaConsumer:  # noqa: ANN401
     """Make a consumer and see that the topic is there. Raises DependencyError."""
     try:
-        consumer = KafkaConsumer(
-            bootstrap_servers=settings.bootstrap,
-            enable_auto_commit=False,
-            bootstrap_timeout_ms=int(settings.startup_timeout_s * 1e3),
-            allow_auto_create_topics=False,
-            **options,
-        )
+        consumer = KafkaConsumer(**client_options(settings), enable_auto_commit=False, **options)
     except KafkaError as error:
-        raise _unreachable(settings, error) from None
+        raise unreachable(settings, error) from None
     if not consumer.partitions_for_topic(topic):
         consumer.close()
-        raise DependencyError(
-            f"Kafka has no topic {topic}",
-            hint="make it with `cleanup.policy=compact` and as many partitions as stations, or `logicrd stack up`",
-        )
+        hint = "make it with `cleanup.policy=compact` and as many partitions as stations, or `logicrd stack up`"
+        raise no_topic(settings, topic, hint=hint)
     return consumer
-
-
-def _unreachable(settings: KafkaSettings, error: KafkaError) -> DependencyError:
-    return DependencyError(f"Kafka at {', '.join(settings.bootstrap)}: {error}", hint=_STACK_HINT)
 
 
 def _why(stopped: Iterable[str], wanted: Mapping[str, Camera]) -> dict[str, list[str]]:

@@ -22,7 +22,7 @@ from pipeline.ingest import CameraReader, Handover
 from pipeline.judge import Judge
 from pipeline.manifest import Manifest, region_doubts, with_models_region
 from pipeline.metrics import Metrics
-from pipeline.sink import Sink
+from pipeline.outbox import Outbox
 from pipeline.stations import Station
 from pipeline.types import CameraState, Frame
 
@@ -43,7 +43,7 @@ class Readers:
         batcher: Batcher,
         judge: Judge,
         encoder: Encoder,
-        sink: Sink,
+        outbox: Outbox,
         metrics: Metrics,
         health: Health,
         take: Callable[[Frame], None],
@@ -55,7 +55,7 @@ class Readers:
         self._batcher = batcher
         self._judge = judge
         self._encoder = encoder
-        self._sink = sink
+        self._outbox = outbox
         self._metrics = metrics
         self._take = take
         self._handover = Handover(
@@ -177,4 +177,4 @@ class Readers:
         self._tell(camera_id, state, reason)
 
     def _tell(self, camera_id: str, state: CameraState, reason: str) -> None:
-        self._sink.put(self._encoder.status(camera_id, state, reason, datetime.now(UTC), epoch=self.epoch))
+        self._outbox.put(self._encoder.status(camera_id, state, reason, datetime.now(UTC), epoch=self.epoch))

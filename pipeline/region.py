@@ -29,6 +29,8 @@ MAX_MASK_BYTES = 500_000
 
 Point = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=2, max_length=2)]
 Polygon = Annotated[list[Point], Field(min_length=3)]
+MAX_PIXELS = 64_000_000
+"""Larger pictures are refused wherever they come from, so that no region is drawn for one."""
 # OpenCV turns pictures of up to 32766 pixels a side.
 Side = Annotated[int, Field(gt=0, le=32_766)]
 Rectangle = tuple[int, int, int, int]
@@ -65,6 +67,8 @@ class RegionOfInterest(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> RegionOfInterest:
         width, height = self.picture_size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"`picture_size` is {width} x {height}, over {MAX_PIXELS} pixels")
         x, y, w, h = self.rectangle
         if w == 0 or h == 0:
             raise ValueError(f"`crop` is {w} x {h} pixels: give `[x, y, width, height]`")

@@ -13,13 +13,15 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import grpc
 import structlog
 from tritonclient.grpc import InferenceServerClient
 
 from pipeline.balance import Balance, Fault, Finding, Replica, Standing
-from pipeline.errors import DependencyError, ModelMismatchError
+from pipeline.errors import ConfigError, DependencyError, ModelMismatchError
 from pipeline.health import Health
 from pipeline.metrics import Metrics
+from pipeline.servers import Tls
 from pipeline.servers import Triton as TritonSettings
 
 Probe = Callable[[InferenceServerClient], tuple[Finding, str]]
@@ -27,6 +29,8 @@ Probe = Callable[[InferenceServerClient], tuple[Finding, str]]
 Resolve = Callable[[str], Sequence[str]]
 """Turns `host:port` into addresses `ip:port`; raises OSError."""
 
+PROBES = "triton-probes"
+"""The stage that probes; a probe of many products says itself that it comes round."""
 _TICK_S = 0.1
 _JOIN_S = 3.0
 _LARGEST_MESSAGE = 2**31 - 1
@@ -62,6 +66,7 @@ class ReplicaPool:
         self._metrics = metrics
         self._health = health
         self._resolve = resolve
+        self._credentials: grpc.ChannelCredentials | None = None
         self._balance = Balance()
         self._clients: dict[Replica, InferenceServerClient] = {}
         self._known: dict[str, Sequence[str]] = {}
@@ -70,14 +75,18 @@ class ReplicaPool:
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._follow_names, name="triton-names", daemon=True),
-            threading.Thread(target=self._follow_replicas, name="triton-probes", daemon=True),
+            threading.Thread(target=self._follow_replicas, name=PROBES, daemon=True),
         ]
 
     def start(self) -> None:
         """Find and probe every replica; returns when each has been probed and one can be used.
 
-        Raises DependencyError when none can within the start's time, ModelMismatchError when one serves another model.
+        Raises DependencyError when none can within the start's time, ModelMismatchError when one serves another model,
+        ConfigError for a file of `tls` that cannot be read.
         """
+        if self._settings.tls is not None:
+            self._credentials = credentials(self._settings.tls)
+        self._health.beat(PROBES)
         for thread in self._threads:
             thread.start()
         with self._changed:
@@ -175,7 +184,8 @@ class ReplicaPool:
                 return
             joined, left = self._balance.see(addresses)
             for replica in joined:
-                self._clients[replica] = InferenceServerClient(replica.address, channel_args=CHANNEL)
+                name = next(name for name, found in self._known.items() if replica.address in found)
+                self._clients[replica] = connect(name, replica.address, self._credentials)
                 log.info("Triton replica found", replica=replica.address)
             for replica in left:
                 log.info("Triton replica has left", replica=replica.address)
@@ -186,17 +196,20 @@ class ReplicaPool:
 
     def _follow_replicas(self) -> None:
         while not self._stop.is_set():
+            self._health.beat(PROBES)
             try:
                 self._probe_due()
                 self._close_left()
             except Exception:  # the thread's top frame: the replicas stay as they are, and the fault is seen
                 log.exception("probing Triton's replicas failed")
             self._stop.wait(_TICK_S)
+        self._health.retire(PROBES)
 
     def _probe_due(self) -> None:
         with self._changed:
             due = [(replica, self._clients[replica]) for replica in self._balance.due(time.monotonic())]
         for replica, client in due:
+            self._health.beat(PROBES)
             finding, words = self._probe(client)
             if self._stop.is_set():
                 return
@@ -253,6 +266,27 @@ class ReplicaPool:
         if any(replica.standing is Standing.REFUSED for replica in bad):
             raise ModelMismatchError(words, hint=_MISMATCH)
         raise DependencyError(words, hint=_UNREACHABLE)
+
+
+def connect(name: str, address: str, by: grpc.ChannelCredentials | None) -> InferenceServerClient:
+    """Make a channel to an address of the name `host:port`. By TLS the replica has to prove that name: its address is a
+    number."""
+    if by is None:
+        return InferenceServerClient(address, channel_args=CHANNEL)
+    host = name.rpartition(":")[0].strip("[]")
+    own = [("grpc.ssl_target_name_override", host), ("grpc.default_authority", host)]
+    return InferenceServerClient(address, ssl=True, creds=by, channel_args=[*CHANNEL, *own])
+
+
+def credentials(tls: Tls) -> grpc.ChannelCredentials:
+    """Read the files of `tls`. Raises ConfigError."""
+    try:
+        parts = [
+            None if path is None else path.read_bytes() for path in (tls.ca_file, tls.key_file, tls.certificate_file)
+        ]
+    except OSError as error:
+        raise ConfigError(f"triton.tls: {error.filename}: {error.strerror}", hint="a file in PEM") from None
+    return grpc.ssl_channel_credentials(*parts)
 
 
 def resolve(name: str) -> list[str]:

@@ -16,17 +16,12 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.cameras import Block, Camera, Name
+from pipeline.cameras import Camera, PoolMember
 from pipeline.config import nearest
 from pipeline.errors import ConfigError
 
-DEFAULT_POOL = "default"
 _APPLY = "correct it with `logicrd cameras apply`"
 _CAMERA: TypeAdapter[Camera] = TypeAdapter(Camera)
-
-
-class _Pool(Block):
-    pool: Name = DEFAULT_POOL
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +257,7 @@ def _present(value: bytes) -> PoolCamera | None:
 
 def _pool_of(document: Mapping[str, Any], place: str) -> str:
     try:
-        return _Pool.model_validate({key: value for key, value in document.items() if key == "pool"}).pool
+        return PoolMember.model_validate({key: value for key, value in document.items() if key == "pool"}).pool
     except ValidationError:
         raise ConfigError(f"{place}: pool: a name of letters, digits, '_', '.' and '-'") from None
 

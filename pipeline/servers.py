@@ -16,12 +16,31 @@ from pipeline.cameras import Block, Positive, without_credentials
 _ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 
 
+class Tls(Block):
+    """How a server is known, and how it knows the line. Every certificate and its name are checked, always."""
+
+    ca_file: Path | None = None
+    """Authorities that vouch for the server, in PEM. Unset: those of this machine."""
+    certificate_file: Path | None = None
+    """Certificate of this line, in PEM, where the server asks for one."""
+    key_file: Path | None = None
+    """Its key, in PEM, without a password."""
+
+    @model_validator(mode="after")
+    def _are_a_pair(self) -> Tls:
+        if (self.certificate_file is None) is not (self.key_file is None):
+            raise ValueError("`certificate_file` and `key_file` go together")
+        return self
+
+
 class Triton(Block):
     """The inference server."""
 
     address: str | list[str] = "127.0.0.1:18001"
     """gRPC address, `host:port`, or a list of them. Every address that a name stands for is a replica: name a headless
     service of Kubernetes, not one with an address of its own."""
+    tls: Tls | None = None
+    """Speak TLS; the server's certificate is for the name in `address`. Unset: plain text."""
     resolve_interval_s: Positive = 10.0
     """How often names are looked up again: a new replica gets its share, and one that is gone is left, this much later
     at most, and a probe of it."""
@@ -56,21 +75,41 @@ class Triton(Block):
         return list(dict.fromkeys([self.address] if isinstance(self.address, str) else self.address))
 
 
+class Sasl(Block):
+    """How the line logs in to Kafka."""
+
+    mechanism: Literal["SCRAM-SHA-512", "SCRAM-SHA-256", "PLAIN"] = "SCRAM-SHA-512"
+    """How the password is proved. `PLAIN` sends it as it is, and is refused without `tls`."""
+    username: Annotated[str, Field(min_length=1)]
+    """User of Kafka."""
+    password_file: Path
+    """File that holds the password, and nothing else."""
+
+
 class Kafka(Block):
     """Where verdicts go."""
 
     bootstrap: Annotated[list[str], Field(min_length=1)] = Field(default=["127.0.0.1:19092"])
     """Brokers, `host:port` each."""
+    tls: Tls | None = None
+    """Speak TLS; `{}` trusts the authorities of this machine. Unset: plain text."""
+    sasl: Sasl | None = None
+    """Log in with user and password. Unset: no login, or that of the certificate in `tls`."""
     topic_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")] = "inspection"
     """Topics are `<prefix>.verdict.v1`, `.view.v1`, `.status.v1`, `.audit.v1`, `.dlq.v1`; in: `<prefix>.trigger.v1`."""
     content_mode: Literal["binary", "structured"] = "binary"
     """CloudEvents content mode: attributes as `ce_` headers, or all in one JSON value."""
     max_unacknowledged: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
-    """Events held in memory until the broker acknowledges them; one more is refused and counted as lost."""
+    """Events held in memory: without an outbox until the broker acknowledges them, with one while the disk does not
+    take them. One more is refused and counted as lost."""
     startup_timeout_s: Positive = 10.0
     """How long the start waits for the brokers."""
-    drain_timeout_s: Positive = 20.0
-    """How long the end of a run waits for the last acknowledgements."""
+
+    @model_validator(mode="after")
+    def _hides_the_password(self) -> Kafka:
+        if self.sasl is not None and self.sasl.mechanism == "PLAIN" and self.tls is None:
+            raise ValueError("sasl.mechanism PLAIN sends the password as it is: set `tls`, or take SCRAM-SHA-512")
+        return self
 
 
 class Redis(Block):

@@ -1,6 +1,7 @@
 """Verdicts as a MES reads them: a plain consumer on the verdict topic, decoded and filtered.
 
-Used by `logicrd verdicts tail`, `cameras list` and `thresholds`, and by tests that must not trust the worker's account.
+Used by `logicrd verdicts tail`, `cameras list`, `thresholds` and `reconcile`, and by tests that must not trust the
+worker's own account.
 Commits no offsets.
 """
 
@@ -16,10 +17,12 @@ from kafka import KafkaConsumer
 from kafka.errors import KafkaError
 from kafka.structs import TopicPartition
 
+from pipeline.brokers import Unreadable, client_options, no_topic, poll, unreachable
 from pipeline.errors import DependencyError
 from pipeline.events import decode
 from pipeline.servers import Kafka as KafkaSettings
 
+_SILENT_S = 30.0
 _UNHEARD = timedelta(minutes=5)
 """How long a worker that Kafka cannot reach may go on speaking of cameras that are another's."""
 
@@ -28,10 +31,11 @@ _FARTHEST = 1_000_000
 
 
 class VerdictReader:
-    """Reads one of the line's topics: from its start, from now on, or from this many records before the end on."""
+    """Reads one of the line's topics: from its start, from now on, from this many records before the end on, or from a
+    time on (of the records, with a zone)."""
 
     def __init__(
-        self, settings: KafkaSettings, *, topic: str = "verdict.v1", start: Literal["first", "now"] | int
+        self, settings: KafkaSettings, *, topic: str = "verdict.v1", start: Literal["first", "now"] | int | datetime
     ) -> None:
         self._settings = settings
         self._topic = f"{settings.topic_prefix}.{topic}"
@@ -41,30 +45,26 @@ class VerdictReader:
     def __enter__(self) -> VerdictReader:
         """Connect, and fix where reading begins. Raises DependencyError."""
         try:
-            consumer = KafkaConsumer(
-                bootstrap_servers=self._settings.bootstrap,
-                group_id=None,
-                enable_auto_commit=False,
-                bootstrap_timeout_ms=int(self._settings.startup_timeout_s * 1e3),
-                allow_auto_create_topics=False,
-            )
+            consumer = KafkaConsumer(**client_options(self._settings), group_id=None, enable_auto_commit=False)
             partitions = consumer.partitions_for_topic(self._topic)
             if not partitions:
                 consumer.close()
-                raise DependencyError(f"Kafka has no topic {self._topic}", hint="`logicrd stack up` makes it")
+                raise no_topic(self._settings, self._topic)
             consumer.assign([TopicPartition(self._topic, partition) for partition in sorted(partitions)])
             if self._start == "first":
                 consumer.seek_to_beginning()
-            else:
+            elif not isinstance(self._start, datetime):
                 consumer.seek_to_end()
+            else:
+                for partition, offset in _offsets_at(consumer, self._start).items():
+                    consumer.seek(partition, offset)
             for partition in consumer.assignment():
                 end = consumer.position(partition)
                 if isinstance(self._start, int):
                     first = consumer.beginning_offsets([partition])[partition]
                     consumer.seek(partition, max(first, end - self._start))
         except KafkaError as error:
-            servers = ", ".join(self._settings.bootstrap)
-            raise DependencyError(f"Kafka at {servers}: {error}", hint="start it: `logicrd stack up`") from None
+            raise unreachable(self._settings, error) from None
         self._consumer = consumer
         return self
 
@@ -77,20 +77,37 @@ class VerdictReader:
     def read(self, *, idle_s: float | None = None) -> Iterator[dict[str, Any]]:
         """Yield events as `{"attributes", "data", "key", "partition", "offset"}` until none came for `idle_s`.
 
-        What is no event of ours comes as `{"error": ...}`: shown, never skipped in silence.
+        What is no event of ours comes as `{"error": ...}`: shown, never skipped in silence. Raises DependencyError when
+        Kafka refuses.
         """
         last_s = time.monotonic()
         while idle_s is None or time.monotonic() - last_s < idle_s:
-            for event in self._poll():
+            for record in self._poll():
                 last_s = time.monotonic()
-                yield event
+                yield event_of(record)
 
     def read_to_end(self) -> Iterator[dict[str, Any]]:
         """Yield the events that are in the topic now, however many are still coming in."""
+        yield from map(event_of, self.records_to_end())
+
+    def records_to_end(self) -> Iterator[Any]:
+        """Yield the client library's records that are in the topic now, as they are.
+
+        Raises DependencyError when Kafka no longer answers.
+        """
         assert self._consumer is not None  # noqa: S101 (set by __enter__)
-        ends = self._consumer.end_offsets(list(self._consumer.assignment()))
+        try:
+            ends = self._consumer.end_offsets(list(self._consumer.assignment()))
+        except KafkaError as error:
+            raise unreachable(self._settings, error) from None
+        silent_s = time.monotonic()
         while any(self._consumer.position(partition) < end for partition, end in ends.items()):
-            yield from self._poll()
+            for record in self._poll():
+                silent_s = time.monotonic()
+                if record.offset < ends[TopicPartition(record.topic, record.partition)]:
+                    yield record
+            if time.monotonic() - silent_s > _SILENT_S:
+                raise DependencyError(f"Kafka gave no record of {self._topic} for {_SILENT_S:.0f} s", hint="try again")
 
     def is_whole(self) -> bool:
         """Say whether everything that the topic still holds is read, or has yet to be."""
@@ -98,10 +115,12 @@ class VerdictReader:
         firsts = self._consumer.beginning_offsets(list(self._consumer.assignment()))
         return all(self._consumer.position(partition) <= first for partition, first in firsts.items())
 
-    def _poll(self) -> Iterator[dict[str, Any]]:
+    def _poll(self) -> Iterator[Any]:
         assert self._consumer is not None  # noqa: S101 (set by __enter__)
-        for records in self._consumer.poll(timeout_ms=250).values():
-            yield from map(_event, records)
+        try:
+            yield from poll(self._consumer, 250)
+        except KafkaError as error:
+            raise unreachable(self._settings, error) from None
 
 
 def last_verdicts(settings: KafkaSettings, source: str, product: str, count: int) -> list[dict[str, Any]]:
@@ -129,13 +148,18 @@ def camera_states(settings: KafkaSettings, source: str) -> dict[str, dict[str, s
     `source` is the line's, `/site/area/line`. Raises DependencyError.
     """
     with VerdictReader(settings, topic="status.v1", start="first") as reader:
-        events = [event for event in reader.read_to_end() if event.get("attributes", {}).get("source") == source]
+        events = [event for event in reader.read_to_end() if _is_of_camera(event, source)]
     last: dict[str, dict[str, Any]] = {}
     for event in sorted(events, key=_time):
         camera = str(event["data"].get("cameraId"))
         if camera not in last or not _is_outdated(event, last[camera]):
             last[camera] = event
     return {camera: _state(event) for camera, event in last.items()}
+
+
+def _is_of_camera(event: dict[str, Any], source: str) -> bool:
+    """Tell a camera's change of state from a worker's heartbeat, which lies on the same topic."""
+    return event.get("attributes", {}).get("source") == source and "cameraId" in event["data"]
 
 
 def _state(event: dict[str, Any]) -> dict[str, str]:
@@ -162,12 +186,26 @@ def _is_outdated(event: dict[str, Any], other: dict[str, Any]) -> bool:
         return False
 
 
-def _event(record: Any) -> dict[str, Any]:  # noqa: ANN401 (the library's record has no public type)
+def _offsets_at(consumer: KafkaConsumer, at: datetime) -> dict[TopicPartition, int]:
+    """Find the first record of each partition at or after a time; the end where there is none."""
+    partitions = list(consumer.assignment())
+    ends = consumer.end_offsets(partitions)
+    found = consumer.offsets_for_times(dict.fromkeys(partitions, int(at.timestamp() * 1e3)))
+    return {
+        partition: ends[partition] if (place := found.get(partition)) is None else place.offset
+        for partition in partitions
+    }
+
+
+def event_of(record: Any) -> dict[str, Any]:  # noqa: ANN401 (the library's record has no public type)
+    """Decode a record as `VerdictReader.read` does."""
     place = {
         "key": record.key.decode("utf-8", "replace") if record.key else None,
         "partition": record.partition,
         "offset": record.offset,
     }
+    if isinstance(record, Unreadable):
+        return {"error": record.error, **place}
     try:
         return {**decode(record.value or b"", dict(record.headers)), **place}
     except ValueError as error:

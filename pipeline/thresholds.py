@@ -78,6 +78,7 @@ class ThresholdCache:
             self._current, self._fresh = stored, False
             self._health.ready("thresholds", state=True)
             log.warning("Redis is down: last known good thresholds from disk", error=str(error), hint=error.hint)
+        self._health.beat(_STAGE)
         self._thread.start()
 
     def learn(self, manifest: Manifest) -> bool:

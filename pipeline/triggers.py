@@ -1,9 +1,9 @@
 """Triggers from Kafka: which part is in front of a station's cameras, told by the MES or the PLC.
 
 One thread reads `<prefix>.trigger.v1` from where the last run had come to: the place of a trigger is committed once its
-part's verdict has reached Kafka, so a part that was open when a worker died is told again to the next one, which gives
-it its verdict under the same id. A record that is no trigger is counted, logged and put on `<prefix>.dlq.v1`; it never
-stops the reading. Knows no frame and never judges. Owned by `app`.
+part's verdict is on disk (without an outbox: in Kafka), so a part that was open when a worker died is told again to the
+next one, which gives it its verdict under the same id. A record that is no trigger is counted, logged and put on
+`<prefix>.dlq.v1`; it never stops the reading. Knows no frame and never judges. Owned by `app`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kafka import KafkaConsumer
 from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
-from pipeline.errors import DependencyError
+from pipeline.brokers import Unreadable, client_options, no_topic, poll, unreachable
 from pipeline.events import Encoder, Event
 from pipeline.health import Health
 from pipeline.metrics import Metrics
@@ -107,18 +107,16 @@ class TriggerReader:
         try:
             self._find_place()
         except KafkaError as error:
-            servers = ", ".join(self._settings.bootstrap)
-            raise DependencyError(
-                f"Kafka at {servers}: {error}", hint="start it, or correct kafka.bootstrap in the line file"
-            ) from None
+            raise unreachable(self._settings, error) from None
 
     def start(self) -> None:
         """Begin to hand triggers over."""
         if self._consumer is not None:
+            self._health.beat(_STAGE)
             self._thread.start()
 
     def settled(self, receipt: tuple[int, int]) -> None:
-        """Note that a trigger's verdict has left; from any thread."""
+        """Note that a trigger's verdict can no longer be lost; from any thread."""
         with self._lock:
             self._places.settle(*receipt)
 
@@ -140,19 +138,17 @@ class TriggerReader:
         # keeps the place; it holds the stations, so that workers of one line keep places of their own.
         group = f"logicrd.{self._line}.{'+'.join(sorted(self._stations))}"
         consumer = self._consumer = KafkaConsumer(
-            bootstrap_servers=self._settings.bootstrap,
+            **client_options(self._settings),
             client_id="logicrd-triggers",
             group_id=group,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
-            bootstrap_timeout_ms=int(self._settings.startup_timeout_s * 1e3),
-            allow_auto_create_topics=False,
         )
         partitions = [
             TopicPartition(self._topic, number) for number in consumer.partitions_for_topic(self._topic) or ()
         ]
         if not partitions:
-            raise DependencyError(f"Kafka has no topic {self._topic}", hint="`logicrd stack up` makes it")
+            raise no_topic(self._settings, self._topic)
         consumer.assign(partitions)
         ends = consumer.end_offsets(partitions)
         for partition in partitions:
@@ -187,11 +183,13 @@ class TriggerReader:
         if self._quiet.is_set():
             self._stop.wait(_POLL_MS / 1e3)
             return
-        for records in self._consumer.poll(timeout_ms=_POLL_MS).values():
-            for record in records:
-                self._handle(record)
+        for record in poll(self._consumer, _POLL_MS):
+            self._handle(record)
 
     def _handle(self, record: Any) -> None:  # noqa: ANN401 (the library's record has no public type)
+        if isinstance(record, Unreadable):
+            self._dead_letter(record, record.error)
+            return
         try:
             data = decode_trigger(record.value, dict(record.headers))
             trigger = self._trigger(data, record)

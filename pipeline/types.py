@@ -43,6 +43,7 @@ class Cause(StrEnum):
     QUEUE_FULL = "queue_full"
     TRIGGER_MISSED = "trigger_missed"
     PRODUCT_NOT_READY = "product_not_ready"
+    OUTBOX_UNAVAILABLE = "outbox_unavailable"
 
 
 class StrayReason(StrEnum):

@@ -1,4 +1,4 @@
-"""The contract on Kafka: the data of every event that the line sends, and of the trigger that it takes.
+"""The contract on Kafka: the data of every event that the line sends, of the trigger and the camera that it takes.
 
 Their JSON Schemas in `pipeline/schemas/` are generated from the models here, and a test holds them equal. Changes are
 additive. Pure: no clock, no client. Called by `events`, `triggers` and the command line.
@@ -10,8 +10,10 @@ import json
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
+
+from pipeline.cameras import Camera, PoolMember
 
 JudgementName = Literal["OK", "NG", "REVIEW", "UNINSPECTED"]
 
@@ -138,6 +140,64 @@ class StatusData(_Data):
     """As in a verdict."""
 
 
+class WorkerStageData(_Data):
+    """A stage of a worker, and how long ago its loop last came round."""
+
+    name: str
+    age_s: float
+
+
+class WorkerCameraData(_Data):
+    """A camera that a worker reads; `state` and `reason` as in `StatusData`."""
+
+    camera_id: str
+    station: str
+    state: Literal["connecting", "streaming", "lost", "ended", "failed"]
+    reason: str
+
+
+class WorkerModelData(_Data):
+    """A product that a worker judges: its network, and the limits in force (null: none yet)."""
+
+    product_id: str
+    version: str
+    sha256: str
+    threshold_version: int | None
+    threshold_source: Literal["redis", "cache", "file", "manifest"] | None
+
+
+class HeartbeatData(_Data):
+    """A worker's word on itself: on `inspection.status.v1` beside the cameras' changes, told apart by its type.
+
+    It comes every `intervalS` seconds, and once more as `stopping` when the worker ends on purpose. One that is several
+    intervals old is that of a worker that is dead, hung or cut off. Its key is that of the line and the host, so that
+    the last one is kept.
+    """
+
+    schema_version: Literal["1.0"] = "1.0"
+    worker: str
+    host: str
+    line: str
+    state: Literal["running", "stopping"]
+    interval_s: float
+    uptime_s: float
+    stages: list[WorkerStageData]
+    stalled: list[str]
+    """Stages that no longer come round; any makes the worker not alive."""
+    not_ready: list[str]
+    """What the worker's readiness still waits for."""
+    cameras: list[WorkerCameraData]
+    parts_open: int
+    """Parts that have no verdict yet."""
+    parts_undelivered: int
+    """Verdicts of this run that will not reach Kafka."""
+    unacknowledged: int
+    """Events that Kafka has not confirmed yet."""
+    models: list[WorkerModelData]
+    epoch: int | None = None
+    """As in a verdict."""
+
+
 class AuditData(_Data):
     """The data of `inspection.audit.v1`: a frame, or scores, that count for no verdict.
 
@@ -209,13 +269,24 @@ def schemas() -> dict[str, dict[str, Any]]:
     models: dict[str, type[BaseModel]] = {
         "verdict.v1.json": VerdictData,
         "status.v1.json": StatusData,
+        "heartbeat.v1.json": HeartbeatData,
         "audit.v1.json": AuditData,
         "trigger.v1.json": TriggerData,
     }
-    return {
-        name: {
-            "$schema": "https://json-schema.org/draft/2020-12/schema",
-            **model.model_json_schema(by_alias=True, mode="validation" if model is TriggerData else "serialization"),
-        }
+    found = {
+        name: model.model_json_schema(by_alias=True, mode="validation" if model is TriggerData else "serialization")
         for name, model in models.items()
     }
+    found["cameras.v1.json"] = _camera_record()
+    return {
+        name: {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema} for name, schema in found.items()
+    }
+
+
+def _camera_record() -> dict[str, Any]:
+    """Give the schema of a record of the camera pool: any camera's block, with its pool."""
+    schema = TypeAdapter[Any](Camera).json_schema()
+    for reference in schema["oneOf"]:
+        kind = schema["$defs"][reference["$ref"].rpartition("/")[2]]
+        kind["properties"] |= PoolMember.model_json_schema()["properties"]
+    return schema

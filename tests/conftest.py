@@ -45,7 +45,7 @@ def make_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
         folder = tmp_path_factory.mktemp("stack")
         command = [sys.executable, str(STACK), "up", "--state-dir", str(folder), "--free-ports", "--json", *arguments]
         started.append(folder)
-        subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, timeout=300, stdout=subprocess.DEVNULL)
         return Stack(folder)
 
     yield make
@@ -83,6 +83,7 @@ class LineFile:
         document: dict[str, Any] = {
             "line": self.name,
             "budget_ms": 20_000,
+            "drain_timeout_s": 60,
             "cameras": self.cameras,
             "triton": {"address": self.endpoints.get("triton", "127.0.0.1:9"), "models_repo": str(MODELS)},
             "kafka": {"bootstrap": [self.endpoints.get("kafka", "127.0.0.1:9")]},

@@ -99,11 +99,13 @@ class Received:
         return all(numbers == list(range(1, len(numbers) + 1)) for numbers in self.sequences().values())
 
 
-def received(kafka: str, line: str, *, at_least: int = 0, timeout_s: float = 10) -> Received:
+def received(
+    kafka: str, line: str, *, at_least: int = 0, timeout_s: float = 10, prefix: str = "inspection"
+) -> Received:
     """Read all part verdicts of a line from the start of the topic; waits for `at_least` of them."""
     until = time.monotonic() + timeout_s
     while True:
-        with VerdictReader(Kafka(bootstrap=[kafka]), start="first") as reader:
+        with VerdictReader(Kafka(bootstrap=[kafka], topic_prefix=prefix), start="first") as reader:
             events = [event for event in reader.read_to_end() if (event["key"] or "").startswith(f"{line}/")]
         if len(events) >= at_least or time.monotonic() > until:
             return Received(events)

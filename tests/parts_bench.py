@@ -15,8 +15,9 @@ BOTH = [StationView(camera="c1"), StationView(camera="c2")]
 class Bench:
     """Parts of station s1, with short words for what happens to them."""
 
-    def __init__(self, make_frame, make_view, station=None):
-        self.parts = Parts({} if station is None else {"s1": station}, PRODUCTS, budget_s=BUDGET_S, run="R")
+    def __init__(self, make_frame, make_view, station=None, run="R"):
+        self.run = run
+        self.parts = Parts({} if station is None else {"s1": station}, PRODUCTS, budget_s=BUDGET_S, run=run)
         self._make_frame, self._make_view = make_frame, make_view
         self._numbers = Counter()
 
@@ -24,15 +25,13 @@ class Bench:
         """Let a frame arrive the moment it is captured; gives what that led to."""
         self._numbers[camera] += 1
         number = self._numbers[camera]
-        stamp = (part_id, "sei") if part_id is not None else (f"{camera}-R-{number}", "generated")
+        stamp = (part_id, "sei") if part_id is not None else (f"{camera}-{self.run}-{number}", "generated")
         frame = self._make_frame(
             camera_id=camera,
             number=number,
             captured_s=at,
             deadline_s=at + BUDGET_S,
-            part_id=stamp[0],
-            part_id_source=stamp[1],
-            **fields,
+            **({"part_id": stamp[0], "part_id_source": stamp[1]} | fields),
         )
         return self.parts.arrive(frame, at)
 

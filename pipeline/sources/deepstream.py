@@ -28,8 +28,8 @@ from pydantic import SecretStr
 
 from pipeline.cameras import RtspCamera, read_secret
 from pipeline.errors import FrameError, SourceError
+from pipeline.region import MAX_PIXELS
 from pipeline.sources.sei import part_id_in
-from pipeline.sources.stream import MAX_PIXELS
 from pipeline.types import Picture
 
 PYTHON = Path("/usr/bin/python3")

@@ -19,7 +19,8 @@ from PIL import Image as PillowImage
 from PIL import UnidentifiedImageError
 
 from pipeline.errors import FrameError, SourceError
-from pipeline.sources.stream import MAX_PIXELS, StreamSource
+from pipeline.region import MAX_PIXELS
+from pipeline.sources.stream import StreamSource
 from pipeline.types import Image, Picture
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})

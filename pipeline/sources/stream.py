@@ -19,6 +19,7 @@ import av.error
 from av.video.reformatter import VideoReformatter
 
 from pipeline.errors import FrameError, SourceError
+from pipeline.region import MAX_PIXELS
 from pipeline.sources.sei import part_id_in, part_id_of
 from pipeline.types import Image, Picture
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-MAX_PIXELS = 64_000_000
-"""A stream that announces larger pictures is refused before one is decoded."""
 
 _REASONS: tuple[tuple[type[Exception], str, str], ...] = (
     (av.error.HTTPUnauthorizedError, "auth_failed", "check `user` and `password_file`"),

@@ -63,6 +63,7 @@ def line_file(folder: Path, addresses: dict[str, str], models: Path, products: l
     document = {
         "line": f"bench-{os.getpid()}-{time.time_ns()}",
         "budget_ms": 30_000,
+        "drain_timeout_s": 60,
         "cameras": [
             {
                 "id": f"cam-{number}",

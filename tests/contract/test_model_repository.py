@@ -122,6 +122,16 @@ def test_the_steps_of_an_ensemble_fit_each_other(path):
     assert tensors_of(config.output).items() <= made.items()
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
+def test_a_requests_budget_bounds_its_wait(path):
+    """Every queue takes the request's own time limit; Triton heeds it only below a default that is set."""
+    config = config_of(path)
+    if config.platform != "ensemble":
+        policy = config.dynamic_batching.default_queue_policy
+        assert policy.allow_timeout_override
+        assert policy.default_timeout_microseconds >= 600_000_000
+
+
 @pytest.mark.parametrize("path", MANIFESTS, ids=name_of)
 def test_the_manifest_names_every_file_by_its_hash(path):
     """Each file that the product is served from is in the manifest with its sha256, and the model's hash follows."""

@@ -79,6 +79,7 @@ def test_both_rooms_cut_the_same(document, seed, u, v):
         ({"crop": [50, 50, 10, 10], "mask": [[[0, 0], [5, 0], [0, 5]]]}, "nothing of the crop"),
         ({"mask": line.DATA_URL + "??"}, "not base64"),
         ({"mask": line.DATA_URL + "AAAA"}, "no whole PNG"),
+        ({"picture_size": [32_000, 32_000], "mask": [[[0, 0], [32_000, 0], [0, 32_000]]]}, "over 64000000 pixels"),
         ({"croop": [0, 0, 1, 1]}, "Extra inputs"),
     ],
 )

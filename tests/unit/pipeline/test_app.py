@@ -6,10 +6,13 @@ import time
 import cv2
 import numpy as np
 import pytest
+from wire_events import AT, PARTS
 
 from pipeline import config
-from pipeline.app import Line
+from pipeline.app import Line, stored_inspections
 from pipeline.cameras import FolderCamera
+from pipeline.events import Encoder, Place, inspection_id, packed
+from pipeline.journal import Journal
 
 
 @pytest.fixture
@@ -89,3 +92,17 @@ def test_a_camera_that_its_station_does_not_list_is_objected_to(line_file, model
     assert line.cameras.objection(make_camera(2)) == ""
     stray = make_camera(2).model_copy(update={"station": "s1"})
     assert "no view of this camera" in line.cameras.objection(stray)
+
+
+@pytest.mark.parametrize("mode", ["binary", "structured"])
+def test_what_an_earlier_run_left_in_the_outbox_is_known_by_its_inspection(tmp_path, mode):
+    """So a trigger that is read again after a crash gets no second word; views and other events name no part."""
+    encoder = Encoder(Place("s", "a", "l", "w", 2000.0), mode)
+    events = encoder.part(PARTS["ok"], decided_at=AT)
+    assert stored_inspections(None) == stored_inspections(tmp_path / "none") == frozenset()
+    journal = Journal(tmp_path)
+    journal.open()
+    journal.append([(1, packed(event)) for event in events], 0)
+    journal.close()
+    part = PARTS["ok"].part
+    assert stored_inspections(tmp_path) == {inspection_id("/s/a/l", part.station, part.part_id, part.camera_id)}

@@ -27,6 +27,17 @@ RTSP = {"id": "c1", "type": "rtsp", "product": "tray", "url": "rtsp://127.0.0.1:
     [
         ({"bugdet_ms": 5}, ["bugdet_ms: unknown key", "`budget_ms`"]),
         ({"kafka": {"bootstap": ["a:1"]}}, ["kafka.bootstap: unknown key", "`bootstrap`"]),
+        ({"kafka": {"sasl": {"usernam": "a"}}}, ["kafka.sasl.usernam: unknown key", "`username`"]),
+        (
+            {"kafka": {"sasl": {"username": "a", "password": "b"}}},
+            ["kafka.sasl.password: unknown key", "`password_file`"],
+        ),
+        (
+            {"kafka": {"sasl": {"username": "a", "password_file": "p", "mechanism": "PLAIN"}}},
+            ["kafka:", "set `tls`"],
+        ),
+        ({"kafka": {"tls": {"key_file": "a"}}}, ["kafka.tls:", "go together"]),
+        ({"kafka": {"tls": {"verify": False}}}, ["kafka.tls.verify: unknown key"]),
         ({"cameras": [CAMERA | {"ovrflow": "wait"}]}, ["cameras[0].ovrflow: unknown key", "`overflow`"]),
         ({"cameras": [RTSP | {"pasword_file": "x"}]}, ["cameras[0].pasword_file: unknown key", "`password_file`"]),
         ({"zzz": 1}, ["zzz: unknown key"]),

@@ -136,6 +136,22 @@ def test_a_dead_letter_is_the_record_as_it_came():
     assert (len(huge.value), dict(huge.headers)["logicrd_cut_from"]) == (65536, b"100000")
 
 
+@given(
+    key=st.none() | st.binary(max_size=3000),
+    value=st.none() | st.binary(max_size=100),
+    headers=st.lists(st.tuples(st.text(st.characters(exclude_categories=["Cs"])), st.none() | st.binary())),
+    more=st.integers(0, 200),
+)
+def test_a_dead_letter_always_fits(key, value, headers, more):
+    """Over all records: what the client library takes (no null), and far below the largest record of Kafka."""
+    headers = [*headers, *[("h" * 500, b"x" * 5000)] * more]
+    letter = Encoder(PLACE, "binary").dead_letter("t/0/7", key, value, headers, "e" * 5000)
+    assert all(isinstance(name, str) and isinstance(text, bytes) for name, text in letter.headers)
+    names = sum(len(name.encode()) + len(text) for name, text in letter.headers)
+    assert len(letter.key) + len(letter.value) + names < 200_000
+    assert dict(letter.headers)["logicrd_record"] == b"t/0/7"
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_camera_tells_its_state(mode):
     """A status event is keyed by camera, and names the state and its reason."""

@@ -2,6 +2,7 @@
 
 import queue
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -104,6 +105,21 @@ def client(make_manifest):
 
 def batch_of(make_frame, count, **fields):
     return Batch("tray", tuple(make_frame(number=number, **fields) for number in range(1, count + 1)))
+
+
+def test_the_budget_goes_with_the_request(client, make_frame, monkeypatch):
+    """What is left of the youngest frame's budget is the call's deadline, and the longest wait in the server's queues
+    (microseconds)."""
+    calls = []
+    server = SimpleNamespace(async_infer=lambda *_, **keywords: calls.append(keywords))
+    monkeypatch.setattr(client._pool, "take", lambda **_: (SimpleNamespace(address="a"), server))
+    now_s = time.monotonic()
+    frames = batch_of(make_frame, 2, captured_s=now_s, image=np.zeros((8, 8, 3), np.uint8)).frames
+    batch = Batch("tray", (frames[0], replace(frames[1], deadline_s=now_s + 30)))
+    client.submit(batch, lambda _: None)
+    (call,) = calls
+    assert 0 < call["client_timeout"] <= 30
+    assert call["timeout"] == int(call["client_timeout"] * 1e6)
 
 
 def test_each_frame_gets_its_own_row(client, make_frame):

@@ -36,13 +36,16 @@ class Desk:
             SimpleNamespace(get={"tray": manifest.suggestion}.get),
             evidence=Evidence(EvidenceSettings(), {"tray": manifest}, self.health),
             encoder=encoder or Encoder(PLACE, "binary"),
-            sink=SimpleNamespace(put=self._put),
+            outbox=SimpleNamespace(put=self._put),
             metrics=self.metrics,
             health=self.health,
             settled=self.settled.append,
         )
 
-    def _put(self, *events):
+    def _put(self, *events, final=None, otherwise=None):
+        del otherwise  # for a disk that does not take them
+        if final is not None:
+            final()
         for event in events:
             self.told[event.topic].append(json.loads(event.value))
 

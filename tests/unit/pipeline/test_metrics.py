@@ -32,6 +32,26 @@ def test_parts_are_conserved(metrics, make_part):
     assert {s.labels["verdict"]: s.value for s in samples} == {judgement.value: 1.0 for judgement in Judgement}
 
 
+def test_a_part_without_a_verdict_can_be_alarmed_on(metrics, make_part):
+    """Per station, triggered = verdicts + open at rest; a part that is neither open nor judged makes the difference."""
+    value = metrics.registry.get_sample_value
+
+    def unaccounted(station):
+        triggered = value("inspection_parts_triggered_total", {"station": station})
+        found = [sample for metric in metrics.registry.collect() for sample in metric.samples]
+        given = sum(s.value for s in found if s.name == "inspection_parts_total" and s.labels["station"] == station)
+        return triggered - given - value("inspection_parts_open", {"station": station})
+
+    metrics.triggered("s1", 3)
+    metrics.triggered("s2", 1)
+    metrics.parts_open({"s1": 3, "s2": 1})
+    assert (unaccounted("s1"), unaccounted("s2")) == (0, 0)
+    metrics.verdict(make_part())
+    metrics.parts_open({"s1": 1, "s2": 1})  # one of three judged, one open: the third is lost
+    assert (unaccounted("s1"), unaccounted("s2")) == (1, 0)
+    assert [station.open for station in metrics.snapshot().stations] == [1, 1]
+
+
 def test_an_event_that_did_not_arrive_is_counted_as_what_it_was(metrics):
     """Only part verdicts count as acknowledged or lost parts; every event counts in Prometheus."""
     metrics.acknowledged(is_part=True)
@@ -112,3 +132,16 @@ def test_no_part_becomes_a_label(metrics, make_part):
     names = {name for m in metrics.registry.collect() for s in m.samples for name in s.labels}
     assert names <= {"camera", "station", "stage", "verdict", "cause", "fate", "le"}
     assert b"inspection_verdict_latency_seconds" in generate_latest(metrics.registry)
+
+
+def test_what_the_outbox_keeps_is_not_lost():
+    """Lost is what was due, in this run or left by an earlier one, and neither confirmed nor kept."""
+    metrics = Metrics()
+    metrics.outbox_found(2)
+    metrics.triggered("s1", 3)
+    for _ in range(3):
+        metrics.acknowledged(is_part=True)
+    metrics.outbox(events=4, parts=2, size=100, age_s=1.0, fill=0.1)
+    assert (metrics.snapshot().stored, metrics.snapshot().lost) == (2, 0)
+    metrics.outbox(events=2, parts=1, size=100, age_s=1.0, fill=0.1)
+    assert metrics.snapshot().lost == 1

@@ -2,9 +2,13 @@
 
 import itertools
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parts_bench import Bench
+from parts_bench import BOTH, Bench
+
+from pipeline.events import inspection_id
+from pipeline.stations import Station
 
 
 def test_a_part_that_is_open_holds_back_the_later_ones(bench):
@@ -63,3 +67,31 @@ def test_every_part_leaves_once_and_in_order(make_frame, make_view, data, statio
         left = [verdict.sequence for verdict in itertools.chain(*released) if verdict.part.station == station]
         assert left == list(range(1, stations.count(station) + 1))
     assert len(line.parts) == 0
+
+
+STAMPED = {"part_id": "S-1", "part_id_source": "file"}
+
+
+@pytest.mark.parametrize(
+    ("plan", "happens", "same"),
+    [
+        ({"trigger": "message", "views": BOTH}, lambda bench: bench.trigger("S-1", meas_id="m"), True),
+        ({}, lambda bench: bench.frame(part_id="S-1"), True),
+        ({}, lambda bench: bench.frame(**STAMPED), True),
+        ({"views": BOTH}, lambda bench: bench.frame(part_id="S-1"), True),
+        ({}, lambda bench: bench.frame(), False),
+        ({"trigger": "counter", "views": BOTH}, lambda bench: bench.frame(trigger_count=7), False),
+    ],
+    ids=["trigger", "sei", "file", "sei, two views", "generated", "counter"],
+)
+def test_ids_over_a_restart(make_frame, make_view, plan, happens, same):
+    """What the world names has the same inspection id in every run; what a run names itself never has one again."""
+    station = Station(name="s1", **plan) if plan else None
+    ids = []
+    for run in ("R1", "R1", "R2"):
+        bench = Bench(make_frame, make_view, station, run)
+        happens(bench)
+        (part,) = (each.part for each in bench.parts._stations["s1"].waiting)
+        ids.append(inspection_id("/s/a/l", part.station, part.part_id, part.camera_id, part.meas_id))
+    assert ids[0] == ids[1]
+    assert (ids[0] == ids[2]) is same

@@ -2,6 +2,8 @@
 
 import os
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zlib
 
@@ -15,14 +17,14 @@ from pipeline.sources.files import FolderSource, read_picture
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
 
 
-def png_claiming(width, height, *, depth=8, colour=2):
+def png_claiming(width, height, *, depth=8, colour=2, data=None):
     """Give a valid little PNG whose header claims a size that its few bytes of data do not have."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    data = zlib.compress(b"\0" * 100)
+    data = zlib.compress(b"\0" * 100) if data is None else data
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
@@ -76,6 +78,46 @@ def test_a_picture_bomb_is_refused_by_its_header(tmp_path, side):
         assert tracemalloc.get_traced_memory()[1] < 4_000_000
     finally:
         tracemalloc.stop()
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from pipeline.errors import FrameError
+from pipeline.sources.files import FolderSource
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+told = []
+with FolderSource(Path(sys.argv[1])) as source:
+    while True:
+        try:
+            if source.read() is None:
+                break
+        except FrameError as error:
+            told.append(error.part_id)
+print(*told, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+def test_a_folder_of_huge_and_empty_pictures_costs_no_memory(tmp_path):
+    """Whole pictures of 10 000 x 10 000 (300 MB each as RGB) and empty files: each named, under 20 MB more in use."""
+    side = 10_000
+    packer = zlib.compressobj(1)
+    rows = b"".join(packer.compress(b"\0" * (3 * side + 1)) for _ in range(side)) + packer.flush()
+    (tmp_path / "whole.png").write_bytes(png_claiming(side, side, data=rows))
+    header = struct.pack(
+        "<2sIHHIIiiHHIIiiII", b"BM", 54 + 3 * side**2, 0, 0, 54, 40, side, side, 1, 24, 0, 0, 0, 0, 0, 0
+    )
+    with (tmp_path / "whole.bmp").open("wb") as file:
+        file.write(header)
+        file.truncate(54 + 3 * side**2)  # a hole on the disk
+    for name in ("empty.png", "empty.jpg", "empty.tif", "empty.webp", "empty.bmp"):
+        (tmp_path / name).touch()
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
+    )
+    *told, grown_mb = done.stdout.split()
+    assert told == sorted(path.name for path in tmp_path.iterdir())
+    assert int(grown_mb) < 20
 
 
 def test_a_text_bomb_is_refused(tmp_path):

@@ -1,0 +1,480 @@
+"""Each template of the chart: off, by default, and with each of its values set."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+import yaml
+from chart import CHART, CI_VALUES, helm, kinds, one, pods, render, triton_of
+
+CHECKSUM = "checksum/config"
+
+
+@pytest.mark.parametrize("values", CI_VALUES)
+def test_lint(values):
+    """`helm lint --strict` has nothing to say of any set of values."""
+    done = helm("lint", "--strict", str(CHART), values=values)
+    assert done.returncode == 0, done.stdout
+    assert "[WARNING]" not in done.stdout
+
+
+# --- workers
+
+
+def test_one_stateful_set_a_pool():
+    """Each with its replicas, its selector, its line file and a volume that stays."""
+    manifests = render("full-values.yaml")
+    sets = {each["metadata"]["name"]: each["spec"] for each in kinds(manifests, "StatefulSet")}
+    assert {name: spec["replicas"] for name, spec in sets.items()} == {"plant-trays": 2, "plant-cables": 1}
+    for name, spec in sets.items():
+        labels = spec["selector"]["matchLabels"]
+        assert labels["logicrd.io/pool"] == name.removeprefix("plant-")
+        assert labels.items() <= spec["template"]["metadata"]["labels"].items()
+        assert spec["persistentVolumeClaimRetentionPolicy"] == {"whenDeleted": "Retain", "whenScaled": "Retain"}
+        assert spec["volumeClaimTemplates"][0]["metadata"]["name"] == "data"
+        line = next(volume for volume in spec["template"]["spec"]["volumes"] if volume["name"] == "line")
+        assert line["configMap"]["name"] == name
+        assert one(manifests, "ConfigMap", name)
+    assert one(manifests, "Service", "plant-workers")["spec"]["clusterIP"] == "None"
+
+
+def test_a_pools_own_place_stands_above_that_of_all():
+    """`nodeSelector` and `resources` of a pool; the other pool has those of `worker`."""
+    found = pods(render("full-values.yaml"))
+    trays, cables = found["StatefulSet/plant-trays"], found["StatefulSet/plant-cables"]
+    assert cables["nodeSelector"] == {"line": "7"}
+    assert trays["nodeSelector"] == {"kubernetes.io/arch": "amd64"}
+    assert cables["containers"][0]["resources"]["limits"] == {"cpu": "2", "memory": "1Gi"}
+    assert trays["containers"][0]["resources"]["limits"] == {"cpu": "4", "memory": "2Gi"}
+    assert trays["priorityClassName"] == cables["priorityClassName"] == "production"
+
+
+def test_workers_have_time_to_drain():
+    """The grace is above the line's own time for its end."""
+    assert pods(render())["StatefulSet/t-logicrd-trays"]["terminationGracePeriodSeconds"] > 20
+    full = pods(render("full-values.yaml"))["StatefulSet/plant-trays"]
+    assert full["terminationGracePeriodSeconds"] > 30
+
+
+def test_a_changed_line_file_starts_workers_anew_and_a_new_chart_does_not():
+    """The checksum follows the file; no label of a pod follows the chart's version."""
+
+    def template(**overrides):
+        return one(render(overrides=overrides), "StatefulSet")["spec"]["template"]["metadata"]
+
+    assert template()["annotations"][CHECKSUM] != template(config={"budget_ms": 1})["annotations"][CHECKSUM]
+    assert not {"helm.sh/chart", "app.kubernetes.io/version"} & template()["labels"].keys()
+
+
+def test_worker_storage_class_and_size():
+    """As given; no class by default, which takes the cluster's."""
+    default = one(render(), "StatefulSet")["spec"]["volumeClaimTemplates"][0]["spec"]
+    assert "storageClassName" not in default
+    storage = {"size": "5Gi", "storageClassName": "fast"}
+    given = one(render(overrides={"worker": {"storage": storage}}), "StatefulSet")["spec"]["volumeClaimTemplates"][0][
+        "spec"
+    ]
+    assert given["storageClassName"] == "fast"
+    assert given["resources"] == {"requests": {"storage": "5Gi"}}
+
+
+# --- Triton
+
+
+def test_triton_is_not_made_when_it_is_somewhere_else():
+    """No deployment, no service and no policy of it; the line file has the addresses."""
+    manifests = render("external-plain-values.yaml")
+    assert kinds(manifests, "Deployment") == []
+    assert [each["metadata"]["name"] for each in kinds(manifests, "Service")] == ["t-logicrd-workers"]
+    line = yaml.safe_load(one(manifests, "ConfigMap", "t-logicrd-desk")["data"]["line.yaml"])
+    assert line["triton"]["address"] == ["triton-a.ml:8001", "triton-b.ml:8001"]
+    assert "tls" not in line["triton"]
+
+
+def test_triton_by_default():
+    """GPU, memory for /dev/shm, three probes, explicit control, and both services."""
+    manifests = render()
+    spec = pods(manifests)["Deployment/t-logicrd-triton"]
+    container = spec["containers"][0]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert {"startupProbe", "readinessProbe", "livenessProbe", "lifecycle"} <= container.keys()
+    shm = next(volume for volume in spec["volumes"] if volume["name"] == "shm")
+    assert shm["emptyDir"] == {"medium": "Memory", "sizeLimit": "1Gi"}
+    assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]  # noqa: S108
+    script = container["args"][0]
+    assert "--model-control-mode=explicit" in script
+    assert "'--load-model=*'" in script
+    assert one(manifests, "Service", "t-logicrd-triton-headless")["spec"]["clusterIP"] == "None"
+    ports = {port["port"] for port in one(manifests, "Service", "t-logicrd-triton")["spec"]["ports"]}
+    assert ports == {8000, 8001, 8002}
+    line = yaml.safe_load(one(manifests, "ConfigMap", "t-logicrd-trays")["data"]["line.yaml"])
+    assert line["triton"]["address"] == "t-logicrd-triton-headless:8001"
+
+
+@pytest.mark.parametrize(("pre_stop", "exit_timeout"), [(15, 20), (60, 120)])
+def test_triton_has_time_to_end(pre_stop, exit_timeout):
+    """The grace is above the pause before the stop and the time that Triton gives its requests."""
+    values = {"triton": {"preStopSeconds": pre_stop, "exitTimeoutSeconds": exit_timeout}}
+    spec = pods(render(overrides=values))["Deployment/t-logicrd-triton"]
+    assert f"--exit-timeout-secs={exit_timeout}" in spec["containers"][0]["args"][0]
+    assert spec["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"] == pre_stop
+    assert spec["terminationGracePeriodSeconds"] > pre_stop + exit_timeout
+
+
+def test_triton_overrides():
+    """A MIG slice, a list of models, more arguments, a runtime class, places, a larger /dev/shm."""
+    spec = pods(render("full-values.yaml"))["Deployment/plant-triton"]
+    container = spec["containers"][0]
+    assert container["resources"]["limits"]["nvidia.com/mig-1g.10gb"] == 1
+    assert "nvidia.com/gpu" not in container["resources"]["limits"]
+    assert re.findall(r"--load-model=([^']+)", container["args"][0]) == ["fastener-tray", "cable-set"]
+    assert container["args"][0].rstrip().endswith("'--log-verbose=0'")
+    assert spec["runtimeClassName"] == "nvidia"
+    assert spec["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
+    assert spec["tolerations"][0]["key"] == "nvidia.com/gpu"
+    shm = next(volume for volume in spec["volumes"] if volume["name"] == "shm")
+    assert shm["emptyDir"]["sizeLimit"] == "2Gi"
+
+
+def test_no_gpu():
+    """`gpu.count: 0` asks for none."""
+    limits = triton_of(render(overrides={"triton": {"gpu": {"count": 0}}}))["resources"]["limits"]
+    assert limits.keys() == {"cpu", "memory"}
+
+
+@pytest.mark.parametrize(
+    ("values", "overrides", "source", "sub_path"),
+    [
+        ("default-values.yaml", None, {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}}, None),
+        (
+            "default-values.yaml",
+            {"triton": {"modelRepository": {"pvc": {"subPath": "live"}}}},
+            {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}},
+            "live",
+        ),
+        (
+            "hpa-image-values.yaml",
+            None,
+            {"image": {"reference": f"registry.example/models@sha256:{4:064}", "pullPolicy": "IfNotPresent"}},
+            "models_repo",
+        ),
+        ("full-values.yaml", None, {"emptyDir": {"sizeLimit": "10Gi"}}, None),
+    ],
+)
+def test_every_pod_reads_the_same_models(values, overrides, source, sub_path):
+    """A claim, an image or a bucket: Triton, workers, jobs and tests mount it at /models, and only a copy writes it."""
+    for name, spec in pods(render(values, overrides)).items():
+        volume = next(volume for volume in spec["volumes"] if volume["name"] == "models")
+        assert {key: value for key, value in volume.items() if key != "name"} == source, name
+        mount = next(each for each in spec["containers"][0]["volumeMounts"] if each["name"] == "models")
+        assert mount["mountPath"] == "/models"
+        assert mount["readOnly"] is True
+        assert mount.get("subPath") == sub_path
+        copies = [each["image"].partition("@")[0] for each in spec.get("initContainers", [])]
+        assert copies == (["docker.io/rclone/rclone"] if "emptyDir" in source else []), name
+
+
+def test_a_bucket_is_read_with_credentials_from_a_file():
+    """The key is in no argument and no variable."""
+    copy = pods(render("full-values.yaml"))["Deployment/plant-triton"]["initContainers"][0]
+    variables = {each["name"]: each["value"] for each in copy["env"]}
+    assert variables["AWS_SHARED_CREDENTIALS_FILE"] == "/etc/s3/credentials"
+    assert variables["RCLONE_S3_ENDPOINT"] == "https://minio.data:9000"
+    assert copy["args"][1] == ":s3:models/line-7"
+
+
+def test_triton_by_tls_and_without():
+    """By default gRPC has the certificate of the secret, and the workers its authority; off, neither."""
+    manifests = render()
+    assert "--grpc-use-ssl=true" in triton_of(manifests)["args"][0]
+    line = yaml.safe_load(one(manifests, "ConfigMap", "t-logicrd-trays")["data"]["line.yaml"])
+    assert line["triton"]["tls"] == {"ca_file": "triton/ca/ca.crt"}
+    worker = pods(manifests)["StatefulSet/t-logicrd-trays"]
+    secrets = [volume["secret"] for volume in worker["volumes"] if "secret" in volume]
+    assert [secret["items"] for secret in secrets if secret["secretName"] == "triton-tls"] == [
+        [{"key": "ca.crt", "path": "ca.crt"}]
+    ]
+    plain = render(overrides={"triton": {"tls": {"enabled": False, "existingSecret": ""}}})
+    assert "ssl" not in triton_of(plain)["args"][0]
+    assert "triton-tls" not in str(plain)
+
+
+def test_tritons_dangerous_calls_ask_for_a_key():
+    """gRPC restricts what changes the server, HTTP everything but health; the key is a random one, or of the secret."""
+    script = triton_of(render())["args"][0]
+    grpc = re.search(r'--grpc-restricted-protocol="([^:]+):', script)
+    http = re.search(r'--http-restricted-api="([^:]+):', script)
+    assert grpc is not None
+    assert http is not None
+    assert set(grpc[1].split(",")) == {"model-repository", "shared-memory", "logging", "trace"}
+    everything = {"metadata", "inference", "shared-memory", "model-config", "model-repository", "statistics", "trace"}
+    assert set(http[1].split(",")) == everything | {"logging"}
+    assert "admin" not in [volume["name"] for volume in pods(render())["Deployment/t-logicrd-triton"]["volumes"]]
+    given = pods(render("full-values.yaml"))["Deployment/plant-triton"]
+    admin = next(volume for volume in given["volumes"] if volume["name"] == "admin")
+    assert admin["secret"]["secretName"] == "triton-admin"
+
+
+# --- scaling and spreading
+
+
+def test_replicas_are_written_only_without_autoscaling():
+    """With an autoscaler an upgrade leaves the count to it."""
+    assert one(render(), "Deployment")["spec"]["replicas"] == 2
+    assert one(render(overrides={"triton": {"replicas": 5}}), "Deployment")["spec"]["replicas"] == 5
+    for values in ("full-values.yaml", "hpa-image-values.yaml"):
+        assert "replicas" not in one(render(values), "Deployment")["spec"]
+
+
+def test_no_autoscaler_by_default():
+    """Neither kind."""
+    assert not {"HorizontalPodAutoscaler", "ScaledObject"} & {each["kind"] for each in render()}
+
+
+def test_hpa_on_queue_time():
+    """autoscaling/v2, the metric of prometheus-adapter, in seconds a request and pod."""
+    hpa = one(render("hpa-image-values.yaml"), "HorizontalPodAutoscaler")
+    assert hpa["apiVersion"] == "autoscaling/v2"
+    spec = hpa["spec"]
+    assert spec["scaleTargetRef"]["name"] == "t-logicrd-triton"
+    assert (spec["minReplicas"], spec["maxReplicas"]) == (2, 4)
+    assert spec["metrics"][0]["pods"]["target"] == {"type": "AverageValue", "averageValue": "50m"}
+    assert spec["metrics"][0]["pods"]["metric"]["name"] == "logicrd_triton_queue_seconds_per_request"
+    assert spec["behavior"]["scaleDown"]["stabilizationWindowSeconds"] == 600
+    assert spec["behavior"]["scaleUp"]["stabilizationWindowSeconds"] == 0
+
+
+def test_keda_on_queue_time_and_shifts():
+    """The recorded series of this release; a Prometheus without an answer is a fault; one cron a shift."""
+    spec = one(render("full-values.yaml"), "ScaledObject")["spec"]
+    assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (2, 6)
+    prometheus, cron = spec["triggers"]
+    assert prometheus["metadata"]["threshold"] == "0.04"
+    assert prometheus["metadata"]["ignoreNullValues"] == "false"
+    assert 'namespace="prod", pod=~"plant-triton-.+"' in prometheus["metadata"]["query"]
+    assert cron["metadata"]["desiredReplicas"] == "4"
+    assert spec["fallback"]["replicas"] == 6
+
+
+def test_budgets_of_disruption_only_for_two_and_more():
+    """Of one replica a budget would forbid every drain of its node."""
+    names = [each["metadata"]["name"] for each in kinds(render(), "PodDisruptionBudget")]
+    assert names == ["t-logicrd-triton"]
+    full = [each["metadata"]["name"] for each in kinds(render("full-values.yaml"), "PodDisruptionBudget")]
+    assert sorted(full) == ["plant-trays", "plant-triton"]
+    assert kinds(render(overrides={"triton": {"replicas": 1}}), "PodDisruptionBudget") == []
+    off = {"triton": {"podDisruptionBudget": {"enabled": False}}}
+    assert kinds(render(overrides=off), "PodDisruptionBudget") == []
+
+
+def test_budgets_and_spread_select_the_pods_they_are_for():
+    """Every selector matches the labels of its own pods and of no other component's."""
+    manifests = render("full-values.yaml")
+    labels = {
+        each["metadata"]["name"]: each["spec"]["template"]["metadata"]["labels"]
+        for each in (*kinds(manifests, "StatefulSet"), *kinds(manifests, "Deployment"))
+    }
+    for budget in kinds(manifests, "PodDisruptionBudget"):
+        wanted = budget["spec"]["selector"]["matchLabels"].items()
+        assert [name for name, has in labels.items() if wanted <= has.items()] == [budget["metadata"]["name"]]
+    for name, spec in pods(manifests).items():
+        for constraint in spec.get("topologySpreadConstraints", []):
+            assert constraint["labelSelector"]["matchLabels"].items() <= labels[name.partition("/")[2]].items()
+
+
+def test_spread_over_nodes():
+    """On by default as a wish, as given, and off."""
+    key = "topologySpreadConstraints"
+    assert pods(render())["Deployment/t-logicrd-triton"][key][0]["whenUnsatisfiable"] == "ScheduleAnyway"
+    assert pods(render("full-values.yaml"))["Deployment/plant-triton"][key][0]["whenUnsatisfiable"] == "DoNotSchedule"
+    assert key not in pods(render("external-plain-values.yaml"))["StatefulSet/t-logicrd-desk"]
+
+
+# --- jobs
+
+
+def test_jobs_do_what_the_values_ask_for():
+    """Topics by default; limits and cameras where they are given; none where topics are made elsewhere."""
+
+    def commands(values):
+        return sorted(job["spec"]["template"]["spec"]["containers"][0]["name"] for job in kinds(render(values), "Job"))
+
+    assert commands("default-values.yaml") == ["cameras", "topics"]
+    assert commands("full-values.yaml") == ["cameras", "thresholds", "topics"]
+    assert commands("hpa-image-values.yaml") == ["topics"]
+    assert commands("external-plain-values.yaml") == []
+
+
+def test_a_changed_job_has_another_name():
+    """A job that is there cannot be changed; the same values give the same name."""
+
+    def names(**overrides):
+        return {job["metadata"]["name"] for job in kinds(render(overrides=overrides), "Job")}
+
+    assert names() == names(triton={"replicas": 3})
+    assert len(names() & names(kafka={"topics": {"partitions": 7}})) == 1
+
+
+# --- network
+
+
+def test_no_policies_when_off():
+    """`networkPolicy.enabled: false` makes none."""
+    assert kinds(render("external-plain-values.yaml"), "NetworkPolicy") == []
+
+
+@pytest.mark.parametrize("values", [name for name in CI_VALUES if "plain" not in name])
+def test_policies_name_every_peer(values):
+    """No rule lets everybody in or out: each has peers, and each peer names something."""
+    policies = kinds(render(values), "NetworkPolicy")
+    assert len(policies) == 2
+    for policy in policies:
+        assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+        for rule in (*policy["spec"]["ingress"], *policy["spec"]["egress"]):
+            peers = rule.get("from") or rule.get("to")
+            assert peers
+            assert all(peers)
+            assert all(selector for peer in peers for selector in peer.values())
+
+
+def test_policies_let_the_line_through():
+    """Each server at its port; metrics in; Triton from the line's pods and Prometheus alone."""
+    manifests = render("full-values.yaml")
+    line = one(manifests, "NetworkPolicy", "plant-line")["spec"]
+    ports = [sorted(str(port["port"]) for port in rule.get("ports", [])) for rule in line["egress"]]
+    assert ports == [["53", "53"], ["8001"], ["9094"], ["6380"], [], ["9000"]]
+    assert [rule["ports"] for rule in line["ingress"]] == [[{"port": 9400}]]
+    triton = one(manifests, "NetworkPolicy", "plant-triton")["spec"]
+    assert [rule["ports"] for rule in triton["ingress"]] == [[{"port": 8001}], [{"port": 8002}]]
+    selected = line["podSelector"]["matchExpressions"][0]["values"]
+    for name, spec in pods(manifests).items():
+        assert ("triton" in name) or spec, name
+    components = {
+        each["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/component"]
+        for each in (*kinds(manifests, "StatefulSet"), *kinds(manifests, "Job"))
+    } | {each["metadata"]["labels"]["app.kubernetes.io/component"] for each in kinds(manifests, "Pod")}
+    assert components == set(selected)
+
+
+def test_policies_without_a_bucket_let_triton_reach_nothing():
+    """No egress at all, not even names."""
+    assert one(render(), "NetworkPolicy", "t-logicrd-triton")["spec"]["egress"] == []
+
+
+def test_policies_of_a_triton_somewhere_else():
+    """Its peers and the ports of its addresses."""
+    policy = {"enabled": True} | {
+        name: [{"ipBlock": {"cidr": f"10.{n}.0.0/16"}}] for n, name in enumerate(("kafka", "redis", "triton"))
+    }
+    policy["cameras"] = {"peers": [{"ipBlock": {"cidr": "10.9.0.0/16"}}]}
+    spec = one(render("external-plain-values.yaml", {"networkPolicy": policy}), "NetworkPolicy")["spec"]
+    assert {"to": [{"ipBlock": {"cidr": "10.2.0.0/16"}}], "ports": [{"port": 8001}, {"port": 8001}]} in spec["egress"]
+
+
+# --- Strimzi
+
+
+def test_strimzi_is_off_by_default():
+    """No resource of it."""
+    assert "strimzi.io" not in str(render())
+
+
+def test_strimzi_makes_the_brokers_and_the_lines_user():
+    """TLS listener with certificates, no topic by accident; the line has the authority and its own certificate."""
+    manifests = render("hpa-image-values.yaml")
+    kafka = one(manifests, "Kafka")["spec"]["kafka"]
+    assert kafka["listeners"][0] == {
+        "name": "tls", "port": 9093, "type": "internal", "tls": True, "authentication": {"type": "tls"}
+    }  # fmt: skip
+    assert kafka["config"]["auto.create.topics.enable"] is False
+    assert one(manifests, "KafkaNodePool")["spec"]["replicas"] == 3
+    assert one(manifests, "KafkaUser")["metadata"]["name"] == "t-logicrd-kafka-line"
+    line = yaml.safe_load(one(manifests, "ConfigMap", "t-logicrd-all")["data"]["line.yaml"])
+    assert line["kafka"]["bootstrap"] == ["t-logicrd-kafka-kafka-bootstrap:9093"]
+    secrets = {
+        volume["secret"]["secretName"]
+        for volume in pods(manifests)["StatefulSet/t-logicrd-all"]["volumes"]
+        if "secret" in volume
+    }
+    assert {"t-logicrd-kafka-cluster-ca-cert", "t-logicrd-kafka-line"} <= secrets
+
+
+# --- monitoring, account, test
+
+
+def test_monitoring_is_off_by_default():
+    """No resource of the Prometheus operator and no dashboard."""
+    assert not {"ServiceMonitor", "PrometheusRule"} & {each["kind"] for each in render()}
+    assert "t-logicrd-dashboard" not in str(render())
+
+
+def test_service_monitor_finds_each_service_once():
+    """Workers and Triton by the ports of their services; the headless one of Triton is left out."""
+    manifests = render("full-values.yaml")
+    spec = one(manifests, "ServiceMonitor")["spec"]
+    assert one(manifests, "ServiceMonitor")["metadata"]["labels"]["release"] == "prometheus"
+    wanted = spec["selector"]["matchLabels"].items()
+    found = [
+        service
+        for service in kinds(manifests, "Service")
+        if wanted <= service["metadata"]["labels"].items()
+        and service["metadata"]["labels"].get("logicrd.io/service") != "headless"
+    ]
+    scraped = {port["name"] for service in found for port in service["spec"]["ports"]} & {
+        endpoint["port"] for endpoint in spec["endpoints"]
+    }
+    assert [service["metadata"]["name"] for service in found] == ["plant-triton", "plant-workers"]
+    assert scraped == {"monitoring", "metrics"}
+
+
+def test_rules_are_those_of_the_release():
+    """Its namespace and its budget stand in every rule."""
+    text = yaml.safe_dump(one(render("full-values.yaml"), "PrometheusRule")["spec"])
+    assert 'namespace="logicrd"' not in text
+    assert 'namespace="prod"' in text
+    assert "> 1.2" in text
+    assert "> 1.6" not in text
+
+
+def test_service_account():
+    """Made without a token by default; one that is there by its name; the namespace's own when none is made."""
+    assert one(render(), "ServiceAccount")["automountServiceAccountToken"] is False
+    assert kinds(render("external-plain-values.yaml"), "ServiceAccount") == []
+    given = render(overrides={"serviceAccount": {"create": False, "name": "ours"}})
+    assert {spec["serviceAccountName"] for spec in pods(given).values()} == {"ours"}
+
+
+def test_helm_test_judges_a_picture():
+    """One pod a pool, run by `helm test` alone."""
+    tests = kinds(render("full-values.yaml"), "Pod")
+    assert [pod["metadata"]["name"] for pod in tests] == ["plant-trays-test", "plant-cables-test"]
+    for pod in tests:
+        assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+        assert pod["spec"]["containers"][0]["args"][-1] == "--verdict"
+
+
+def test_names_and_labels_as_given():
+    """`fullnameOverride`, `commonLabels` and `imagePullSecrets` reach every object and pod."""
+    manifests = render("full-values.yaml")
+    assert all(each["metadata"]["name"].startswith("plant") for each in manifests)
+    assert all(each["metadata"]["labels"]["team"] == "inspection" for each in manifests)
+    assert all(spec["imagePullSecrets"] == [{"name": "registry"}] for spec in pods(manifests).values())
+
+
+def test_notes_show_the_first_verdict_in_three_commands(tmp_path):
+    """Each names what is there. Without a cluster helm renders no notes: here they are an object of a copy."""
+    copy = tmp_path / "logicrd"
+    shutil.copytree(CHART, copy)
+    notes = (copy / "templates/NOTES.txt").read_text()
+    wrapped = 'kind: Notes\nmetadata: {name: notes}\ntext: {{ include "notes" . | quote }}\n'
+    (copy / "templates/notes.yaml").write_text(f'{{{{ define "notes" }}}}{notes}{{{{ end }}}}{wrapped}')
+    done = helm("template", "t", str(copy), "-n", "prod")
+    assert done.returncode == 0, done.stderr
+    text = one([each for each in yaml.safe_load_all(done.stdout) if each], "Notes")["text"]
+    assert [line.strip() for line in text.splitlines() if line.startswith("  ")] == [
+        "kubectl -n prod rollout status statefulset/t-logicrd-trays --timeout=15m",
+        "helm -n prod test t --logs",
+        "kubectl -n prod exec t-logicrd-trays-0 -- logicrd verdicts tail -c /etc/logicrd/line.yaml --from-start",
+    ]
