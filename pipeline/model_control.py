@@ -118,6 +118,11 @@ class ModelControl:
                 for model in steps:
                     self._load_trial(address, release, configs[model], files[model])
                 scores[address] = self._judge(address, release, configs)
+            except CheckError as error:
+                if self._call(address, "", lambda client: client.is_server_ready(client_timeout=_READY_TIMEOUT_S)):
+                    raise
+                words = f"{error}; since then it calls itself not ready"
+                raise CheckError(words, hint="restart it with --strict-readiness=false, and try again") from None
             finally:
                 for model in steps:
                     with suppress(LineError):  # the trial has its result; what stays costs memory until the next one

@@ -118,11 +118,15 @@ class Triton:
         ]
 
     def _control(self) -> list[str]:
-        """Options of model control. Triton takes a key as an argument only, which this machine's users can read."""
+        """Options of model control. Triton takes a key as an argument only, which this machine's users can read.
+
+        With strict readiness a server calls itself not ready while a model is loaded, and for good after one that could
+        not be: one version that is tried would take the others from the line.
+        """
         if not self._control_key:
             return []
-        key = f"model-repository:logicrd={self._control_key}"
-        return ["--model-control-mode=explicit", "--load-model=*", f"--grpc-restricted-protocol={key}"]
+        key = f"--grpc-restricted-protocol=model-repository:logicrd={self._control_key}"
+        return ["--model-control-mode=explicit", "--load-model=*", "--strict-readiness=false", key]
 
     def environment(self) -> dict[str, str]:
         """PATH and libraries. The backend's processes find their packages by the first `python3` on PATH, not else."""

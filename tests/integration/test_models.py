@@ -161,6 +161,7 @@ def test_a_version_that_cannot_be_loaded_is_never_served(place: SimpleNamespace)
     assert answers
     assert {each.cause for each in answers} == {None}
     assert files_of(place.repository.models) == files
+    assert score(place.settings)[0] == str(NOW)  # the server is as ready as before
 
 
 def test_without_the_key_nothing_is_changed(place: SimpleNamespace) -> None:
