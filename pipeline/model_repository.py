@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from pipeline.errors import CheckError, ConfigError
 from pipeline.model_files import copy_file, flush, flush_folder, link, move_in, replace, sha256
@@ -31,6 +32,7 @@ from pipeline.releases import (
     name_faults,
     outside_files,
     parse_config,
+    parse_history,
     parse_release,
     path_fault,
     pinned,
@@ -61,17 +63,22 @@ class ModelRepository:
         """Keep other commands out; remove what a killed one left half copied. Raises CheckError when one is at work."""
         if not self.models.is_dir():
             raise ConfigError(f"model repository {self.models} does not exist", hint="correct triton.models_repo")
-        self._store.mkdir(parents=True, exist_ok=True)
-        with (self._store / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CheckError(
-                    f"another command is at work on {self._store}", hint="try again when it ends"
-                ) from None
-            for left in self._store.glob(f"{_INCOMING}*"):
-                shutil.rmtree(left)
-            yield
+        try:
+            self._store.mkdir(parents=True, exist_ok=True)
+            with (self._store / "lock").open("w") as lock:
+                self._lock(lock)
+                for left in self._store.glob(f"{_INCOMING}*"):
+                    shutil.rmtree(left)
+                yield
+        except OSError as error:
+            words = f"{error.filename or self._store}: {error.strerror or error}"
+            raise CheckError(words, hint="look at the rights of this user and the room on the disk") from error
+
+    def _lock(self, lock: IO[str]) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckError(f"another command is at work on {self._store}", hint="try again when it ends") from None
 
     # What is there
 
@@ -104,8 +111,7 @@ class ModelRepository:
     def history(self, product: str) -> list[Event]:
         """List the product's promotions and rollbacks, oldest first."""
         path = self._store / product / _HISTORY
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return [Event.model_validate_json(line) for line in lines]
+        return parse_history(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else []
 
     def tree(self, product: str, version: int) -> Path:
         """Give the folder of a pushed version."""
@@ -153,10 +159,9 @@ class ModelRepository:
         if release is not None and not (self.tree(product, release.version) / MANIFEST).is_file():
             self._take(self.models / product, release, adopted=True)
 
-    def place(self, release: Release, configs: dict[str, ModelConfig]) -> list[Path]:
-        """Link a version's folders into the model repository; gives those that are new. A model that is new comes with
+    def place(self, release: Release, configs: dict[str, ModelConfig]) -> Iterator[Path]:
+        """Link a version's folders into the model repository; gives each that is new, once it is there. A model that is new comes with
         its configuration of `configs`, as one rename. Serves nothing: the other configurations do not name it."""
-        made: list[Path] = []
         with self._incoming() as stage:
             for model, config in configs.items():
                 version = str(TEACHER_VERSION if model == release.teacher.model else release.version)
@@ -169,8 +174,7 @@ class ModelRepository:
                 (stage / model / CONFIG).write_text(config_text(config), encoding="utf-8")
                 target = self.models / model
                 source = stage / model if not target.exists() else folder
-                made += move_in(source, target if not target.exists() else target / version, HARMLESS)
-        return made
+                yield from move_in(source, target if not target.exists() else target / version, HARMLESS)
 
     def prune(self, product: str, keep: int, *, dry_run: bool) -> list[int]:
         """Remove old versions, see `prunable`, from both folders; gives them. Teachers stay: products share them."""

@@ -143,7 +143,8 @@ def _switch(
 ) -> None:
     if plan.interrupts:
         control.unload(release.product)
-    done.folders += repository.place(release, plan.configs)
+    for folder in repository.place(release, plan.configs):
+        done.folders.append(folder)  # at once: the next one may fail
     for model, config in plan.configs.items():
         _write(repository, model, CONFIG, config_text(config).encode(), done)
         control.load(model)

@@ -76,6 +76,14 @@ def parse_release(data: bytes, name: str) -> Release:
         raise CheckError(f"{name}: {place}: {first['msg']}", hint="export the product again") from None
 
 
+def parse_history(text: str, name: str) -> list[Event]:
+    """Read a history, one event a line; `name` is for the error. Raises CheckError."""
+    try:
+        return [Event.model_validate_json(line) for line in text.splitlines()]
+    except ValidationError as error:
+        raise CheckError(f"{name}: {error.errors(include_url=False)[0]['msg']}", hint="correct that line") from None
+
+
 def parse_config(text: str, name: str) -> ModelConfig:
     """Read a config.pbtxt; `name` is for the error. Raises CheckError."""
     try:
@@ -185,7 +193,7 @@ def prunable(
 
 def outside_files(graph: bytes) -> list[str]:
     """List the paths of the files in which an ONNX graph keeps tensors. Raises CheckError when it is no ONNX graph."""
-    model = _ONNX_MODEL()
+    model = ONNX_MODEL()
     try:
         model.ParseFromString(graph)
     except DecodeError:
@@ -271,7 +279,8 @@ def _onnx_model() -> Any:  # noqa: ANN401 (a class that protobuf makes)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("onnx_tensors.Model"))
 
 
-_ONNX_MODEL = _onnx_model()
+ONNX_MODEL = _onnx_model()
+"""ONNX's `ModelProto`, as far as it leads to tensors; every field is repeated, values are bytes."""
 
 
 def _tensors(message: Any) -> Iterator[Any]:  # noqa: ANN401 (a protobuf message)

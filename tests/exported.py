@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.releases import _ONNX_MODEL, identity_of
+from pipeline.releases import ONNX_MODEL, identity_of
 
 MODELS = Path(__file__).resolve().parents[1] / "models_repo"
 PRODUCT = "fastener-tray"
@@ -24,7 +24,7 @@ def shipped() -> dict[str, Any]:
 
 def graph(location: str | None = None) -> bytes:
     """An ONNX graph of one tensor, kept in the file `location` if there is one."""
-    model = _ONNX_MODEL()
+    model = ONNX_MODEL()
     node = model.graph.add().node.add()
     tensor = node.attribute.add().g.add().initializer.add()
     if location is not None:

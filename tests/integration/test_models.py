@@ -1,7 +1,7 @@
 """The life of a version on the real Triton: model control behind a key, a trial, the switch, the way back.
 
-One server of this module's own, in its mode `explicit`, serves a copy of the shipped product; a line's own client asks
-it all the while.
+Two servers of this module's own, in the mode `explicit`, serve a copy of the shipped product; a line's own client asks
+them all the while.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pytest
 from exported import PRODUCT, export, graph, heavier, shipped
 from line_process import wait_until
 
-from pipeline.errors import CheckError, ConfigError
+from pipeline.errors import CheckError, ConfigError, DependencyError
 from pipeline.health import Health
 from pipeline.inference import InferenceClient
 from pipeline.manifest import read_manifest
@@ -43,20 +43,29 @@ PICTURE = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """A server of the product with a key, and a store beside what it serves."""
+    """Two servers of the product with a key, and a store beside what they serve."""
     folder = tmp_path_factory.mktemp("models")
     export(folder / "served", NOW, lambda _, content: content)
     (folder / "key").write_text("sesame\n")
-    common = [sys.executable, str(STACK)]
-    options = ["--only", "triton", "--free-ports", "--json", "--control-key-file", str(folder / "key")]
-    state = ["--state-dir", str(folder / "stack")]
-    up = [*common, "up", *state, "--models", str(folder / "served"), *options]
-    subprocess.run(up, check=True, timeout=150, stdout=subprocess.DEVNULL)
-    address = json.loads((folder / "stack/state.json").read_text())["endpoints"]["triton"]
-    settings = Triton(address=address, models_repo=folder / "served", control_key_file=folder / "key")
+    addresses = [start(folder, name) for name in ("first", "second")]
+    settings = Triton(address=addresses, models_repo=folder / "served", control_key_file=folder / "key")
     repository = ModelRepository(folder / "served", folder / "store")
     yield SimpleNamespace(folder=folder, settings=settings, repository=repository)
-    subprocess.run([*common, "down", *state], check=True, timeout=60, stdout=subprocess.DEVNULL)
+    for name in ("first", "second"):
+        stop(folder, name)
+
+
+def start(folder: Path, name: str) -> str:
+    """Start one of the two servers of the same folder; its address."""
+    options = ["--only", "triton", "--free-ports", "--json", "--control-key-file", str(folder / "key")]
+    options += ["--models", str(folder / "served"), "--state-dir", str(folder / name)]
+    subprocess.run([sys.executable, str(STACK), "up", *options], check=True, timeout=150, stdout=subprocess.DEVNULL)
+    return json.loads((folder / name / "state.json").read_text())["endpoints"]["triton"]
+
+
+def stop(folder: Path, name: str) -> None:
+    command = [sys.executable, str(STACK), "down", "--state-dir", str(folder / name)]
+    subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL)
 
 
 class Worker:
@@ -180,3 +189,16 @@ def test_a_server_without_model_control_says_so(place: SimpleNamespace, stack: A
     with ModelControl(settings) as control, pytest.raises(ConfigError) as caught:
         control.load(PRODUCT)
     assert "--model-control-mode=explicit" in caught.value.hint
+
+
+def test_all_replicas_are_told_or_none(place: SimpleNamespace) -> None:
+    """With one replica gone nothing is promoted; the other one, started anew, serves what it served."""
+    files = files_of(place.repository.models)
+    stop(place.folder, "second")
+    with pytest.raises(DependencyError, match="does not answer"):
+        change(place, promote, NEXT)
+    assert files_of(place.repository.models) == files
+    stop(place.folder, "first")
+    addresses = [start(place.folder, name) for name in ("first", "second")]
+    version, _ = score(place.settings.model_copy(update={"address": addresses}))
+    assert version == str(NOW)

@@ -167,6 +167,17 @@ def test_two_commands_do_not_meet(repository):
         raise AssertionError
 
 
+def test_what_the_disk_refuses_is_named(repository, tmp_path):
+    """A file where the store should be, and a history that is none, end as one sentence."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckError, match="file"), ModelRepository(repository.models, tmp_path / "file").locked():
+        raise AssertionError
+    push(repository, tiny(tmp_path / "export", 4))
+    (tmp_path / "store" / PRODUCT / "history.jsonl").write_text("yesterday\n")
+    with pytest.raises(CheckError, match=r"history\.jsonl"):
+        repository.history(PRODUCT)
+
+
 def keys(folder, name):
     private, public = folder / f"{name}.pem", folder / f"{name}.pub"
     subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", private], check=True, capture_output=True)
@@ -229,8 +240,8 @@ def test_folders_beside_the_served_ones_wait(repository, tmp_path):
     release = repository.checked(PRODUCT, 4)
     with repository.locked():
         repository.pin(repository.promoted(PRODUCT))
-        made = repository.place(release, repository.configs(release))
-        assert repository.place(release, repository.configs(release)) == []
+        made = list(repository.place(release, repository.configs(release)))
+        assert list(repository.place(release, repository.configs(release))) == []
     assert {path.parent.name for path in made} == {*repository.configs(release)} - {shipped()["teacher"]["model"]}
     assert all(versions_of(repository.config(path.parent.name)) == [3] for path in made)
     assert (repository.models / f"{PRODUCT}.map/4/model.onnx").is_file()
@@ -244,7 +255,7 @@ def test_a_new_product_comes_with_its_configurations(tmp_path):
     release = repository.checked(PRODUCT, 1)
     configs = {model: pinned(config, release, [1]) for model, config in repository.configs(release).items()}
     with repository.locked():
-        made = repository.place(release, configs)
+        made = list(repository.place(release, configs))
     assert {path.name for path in made} == {*configs}
     assert versions_of(repository.config(PRODUCT)) == [1]
 
@@ -256,7 +267,7 @@ def test_strangers_files_under_a_number_are_not_served(repository, tmp_path):
     (repository.models / f"{PRODUCT}.map/4/model.onnx").write_bytes(b"mine")
     release = repository.checked(PRODUCT, 4)
     with repository.locked(), pytest.raises(CheckError, match="holds other files"):
-        repository.place(release, repository.configs(release))
+        list(repository.place(release, repository.configs(release)))
 
 
 def test_pruning_takes_old_versions_from_both_folders(repository, tmp_path):

@@ -201,3 +201,15 @@ def test_a_new_product_that_fails_leaves_nothing(tmp_path):
     assert ("unload", PRODUCT) in servers.calls
     run(repository, Servers(), 1)
     assert served(repository) == (1, 1)
+
+
+def test_a_folder_that_cannot_be_placed_takes_the_others_back(repository):
+    """Files of a stranger under one model's number: what was placed before them is gone again."""
+    path = repository.models / f"{PRODUCT}.map/4"
+    path.mkdir()
+    (path / "model.onnx").write_bytes(b"mine")
+    with pytest.raises(CheckError, match="holds other files"):
+        run(repository, Servers())
+    assert served(repository) == (3, 3)
+    assert not (repository.models / f"{PRODUCT}.bottleneck/4").exists()
+    assert (path / "model.onnx").read_bytes() == b"mine"
