@@ -160,8 +160,11 @@ class ModelRepository:
             self._take(self.models / product, release, adopted=True)
 
     def place(self, release: Release, configs: dict[str, ModelConfig]) -> Iterator[Path]:
-        """Link a version's folders into the model repository; gives each that is new, once it is there. A model that is new comes with
-        its configuration of `configs`, as one rename. Serves nothing: the other configurations do not name it."""
+        """Link a version's folders into the model repository; gives each that is new, once it is there.
+
+        A model that is new comes with its configuration of `configs`, as one rename. Serves nothing: the configurations
+        that are there do not name it.
+        """
         with self._incoming() as stage:
             for model, config in configs.items():
                 version = str(TEACHER_VERSION if model == release.teacher.model else release.version)
