@@ -10,7 +10,7 @@ COMPILE = $(UV) pip compile --quiet --generate-hashes --no-emit-index-url --no-h
 	--python-platform x86_64-manylinux_2_35 $(UV_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint type chart bench images sbom stack-up stack-down lock clean
+.PHONY: help setup demo test faults lint type chart bench images sbom stack-up stack-down lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r verb what; do \
@@ -28,6 +28,11 @@ test: ## every check and every test, against the real Triton, Kafka, Redis and R
 	@$(MAKE) --no-print-directory lint type
 	.venv/bin/pytest tests/unit/pipeline tests/contract tests/integration tests/e2e tests/unit/models_repo
 	.venv-training/bin/pytest tests/unit/training
+
+faults: ## the fault suite's long form, 77 cases in about an hour, as root; SEED=<number> repeats a run
+	@$(SETUP) line triton stack faults
+	.venv/bin/pytest -v -m "" tests/integration/faults --fault-seed $(or $(SEED),$(shell date +%s)) \
+		--fault-table tests/integration/faults/README.md
 
 lint: ## ruff, and who may import whom
 	@$(SETUP) line
@@ -78,7 +83,7 @@ lock: $(UV) ## pin requirements/*.txt anew, with hashes; UV_FLAGS=--upgrade take
 	$(COMPILE) -c requirements/pipeline.txt --extra training pyproject.toml requirements/training.in -o requirements/training.txt
 	$(COMPILE) requirements/triton.in -o requirements/triton.txt
 	$(COMPILE) -c requirements/dev.txt requirements/build.in -o requirements/build.txt
-	$(COMPILE) --python-version 3.12 -c requirements/pipeline.txt requirements/triton-image.in -o requirements/triton-image.txt
+	$(subst 3.11,3.12,$(COMPILE)) -c requirements/pipeline.txt requirements/triton-image.in -o requirements/triton-image.txt
 
 $(UV):
 	python3.11 -m venv .cache/uv

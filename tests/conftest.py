@@ -19,6 +19,12 @@ MODELS = ROOT / "models_repo"
 STACK = ROOT / "deploy/local/stack.py"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the fault suite; they are known here because this file is read first."""
+    parser.addoption("--fault-seed", type=int, default=6, help="order and times of the fault suite (default: 6)")
+    parser.addoption("--fault-table", help="write the fault suite's results to this file, as Markdown")
+
+
 @dataclass
 class Stack:
     """A running stack: where its servers are, and how to reach its processes."""

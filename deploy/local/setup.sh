@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes this machine ready for the embedded stack: system packages (apt), Python environments (pip), the Kafka broker
 # (Maven), helm (Go modules) and promtool. Called by the Makefile with the parts it needs: line triton training stack
-# chart. What is there already is left alone, so a second run takes a moment and no network. It starts no service and
-# touches no running one.
+# chart faults. What is there already is left alone, so a second run takes a moment and no network. It starts no service
+# and touches no running one.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -48,6 +48,9 @@ missing_packages() {
     command -v arv-fake-gv-camera-0.8 >/dev/null || echo aravis-tools
     has_aravis || echo gir1.2-aravis-0.8
     missing_gstreamer
+  fi
+  if wants faults; then
+    command -v cc >/dev/null || printf '%s\n' gcc libc6-dev
   fi
 }
 
