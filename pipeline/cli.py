@@ -23,6 +23,7 @@ from pipeline import asyncapi, deepstream, logs
 from pipeline import config as configuration
 from pipeline.app import Line, read_manifests
 from pipeline.cli_cameras import cameras_app
+from pipeline.cli_models import models_app
 from pipeline.cli_plan import plan
 from pipeline.cli_reconcile import reconcile
 from pipeline.cli_thresholds import threshold_doubts, thresholds_app
@@ -58,6 +59,7 @@ config_app = typer.Typer(help="The line file.", no_args_is_help=True)
 deepstream_app = typer.Typer(help="The all-GPU alternative.", no_args_is_help=True)
 for name, group in (
     ("cameras", cameras_app),
+    ("models", models_app),
     ("thresholds", thresholds_app),
     ("verdicts", verdicts_app),
     ("config", config_app),

@@ -318,7 +318,7 @@ def with_mask(camera: Camera, path: Path) -> Camera:
 def _secrets(config: LineConfig) -> Iterator[Path]:
     cameras = (getattr(camera, "password_file", None) for camera in config.cameras)
     kafka = None if config.kafka.sasl is None else config.kafka.sasl.password_file
-    servers = (kafka, config.redis.password_file, config.redis.key_file)
+    servers = (kafka, config.redis.password_file, config.redis.key_file, config.triton.control_key_file)
     yield from (path for path in (*cameras, *servers) if path is not None)
 
 

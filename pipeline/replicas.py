@@ -85,7 +85,7 @@ class ReplicaPool:
         ConfigError for a file of `tls` that cannot be read.
         """
         if self._settings.tls is not None:
-            self._credentials = _credentials(self._settings.tls)
+            self._credentials = credentials(self._settings.tls)
         self._health.beat(PROBES)
         for thread in self._threads:
             thread.start()
@@ -184,21 +184,13 @@ class ReplicaPool:
                 return
             joined, left = self._balance.see(addresses)
             for replica in joined:
-                self._clients[replica] = self._connect(replica.address)
+                name = next(name for name, found in self._known.items() if replica.address in found)
+                self._clients[replica] = connect(name, replica.address, self._credentials)
                 log.info("Triton replica found", replica=replica.address)
             for replica in left:
                 log.info("Triton replica has left", replica=replica.address)
             self._report_up()
             self._changed.notify_all()
-
-    def _connect(self, address: str) -> InferenceServerClient:
-        """Make a channel. By TLS the replica has to prove the name that it was found by: its address is a number."""
-        if self._credentials is None:
-            return InferenceServerClient(address, channel_args=CHANNEL)
-        name = next(name for name, addresses in self._known.items() if address in addresses)
-        host = name.rpartition(":")[0].strip("[]")
-        own = [("grpc.ssl_target_name_override", host), ("grpc.default_authority", host)]
-        return InferenceServerClient(address, ssl=True, creds=self._credentials, channel_args=[*CHANNEL, *own])
 
     # Thread for probes
 
@@ -276,7 +268,18 @@ class ReplicaPool:
         raise DependencyError(words, hint=_UNREACHABLE)
 
 
-def _credentials(tls: Tls) -> grpc.ChannelCredentials:
+def connect(name: str, address: str, by: grpc.ChannelCredentials | None) -> InferenceServerClient:
+    """Make a channel to an address of the name `host:port`. By TLS the replica has to prove that name: its address is a
+    number."""
+    if by is None:
+        return InferenceServerClient(address, channel_args=CHANNEL)
+    host = name.rpartition(":")[0].strip("[]")
+    own = [("grpc.ssl_target_name_override", host), ("grpc.default_authority", host)]
+    return InferenceServerClient(address, ssl=True, creds=by, channel_args=[*CHANNEL, *own])
+
+
+def credentials(tls: Tls) -> grpc.ChannelCredentials:
+    """Read the files of `tls`. Raises ConfigError."""
     try:
         parts = [
             None if path is None else path.read_bytes() for path in (tls.ca_file, tls.key_file, tls.certificate_file)

@@ -50,6 +50,14 @@ class Triton(Block):
     """Batches under way at once for each replica; more fills the server's gaps, fewer makes larger batches."""
     startup_timeout_s: Positive = 10.0
     """How long the start waits for a replica to be ready."""
+    model_store: Path | None = None
+    """Folder of every version that `logicrd models push` took, on the file system of `models_repo`; unset: beside it,
+    `<models_repo>.versions`."""
+    control_key_file: Path | None = None
+    """File of the key for Triton's model control, the value of its header `triton-grpc-protocol-logicrd`; only
+    `logicrd models` uses it."""
+    signer_file: Path | None = None
+    """Public key of Ed25519 in PEM: `logicrd models` takes no version whose manifest it did not sign. Unset: any."""
 
     @field_validator("address")
     @classmethod

@@ -19,7 +19,7 @@ USER 10001
 EXPOSE 8000 8001 8002
 ENTRYPOINT ["tritonserver"]
 # A draining server answers what it holds; connections are renewed, so that a new replica is found by other clients too.
-CMD ["--model-repository=/models", "--model-control-mode=explicit", "--load-model=*", "--strict-readiness=true", \
+CMD ["--model-repository=/models", "--model-control-mode=explicit", "--load-model=*", "--strict-readiness=false", \
      "--exit-timeout-secs=20", "--grpc-http2-min-recv-ping-interval-without-data=10000", "--grpc-http2-max-ping-strikes=0", \
      "--metrics-config=histogram_latencies=true", \
      "--backend-config=python,shm-default-byte-size=16777216"]

@@ -62,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     up.set_defaults(run=_up)
     up.add_argument("--models", type=Path, default=ROOT / "models_repo", help="model repository (default: models_repo)")
     up.add_argument("--only", type=_names, default=list(PORTS), metavar="LIST", help="of triton,kafka,redis")
+    key = "file of a key: whoever has it may load and unload models (logicrd models); default: nobody"
+    up.add_argument("--control-key-file", type=Path, metavar="FILE", help=key)
     up.add_argument("--free-ports", action="store_true", help="take any free ports instead of the defaults")
     up.add_argument("--foreground", action="store_true", help="stay in the foreground; Ctrl-C stops everything")
     up.add_argument("--triton-env", type=Path, default=ROOT / ".venv-triton", help=argparse.SUPPRESS)
@@ -124,11 +126,24 @@ def _components(arguments: argparse.Namespace) -> list[Component]:
         ports = TritonPorts(arguments.triton_port, arguments.triton_http_port, arguments.triton_metrics_port)
         # Not resolved: the last part of a virtual environment's python is a link that must stay one.
         environment = Path(os.path.abspath(arguments.triton_env))  # noqa: PTH100
-        components.append(Triton(state_dir, arguments.models.resolve(), environment, ports))
+        key = _control_key(arguments.control_key_file)
+        components.append(Triton(state_dir, arguments.models.resolve(), environment, ports, key))
     if "kafka" in arguments.only:
         libs = arguments.kafka_libs.resolve()
         components.append(Kafka(state_dir, libs, arguments.kafka_port, arguments.kafka_controller_port))
     return components
+
+
+def _control_key(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StackError(f"triton: the key in '{path}' cannot be read: {error}", 3) from None
+    if not key.isalnum():
+        raise StackError(f"triton: the key in '{path}' must be of letters and digits alone", 3)
+    return key
 
 
 def _start_detached(arguments: argparse.Namespace) -> int:
@@ -176,6 +191,8 @@ def _same_arguments(arguments: argparse.Namespace) -> list[str]:
     line = ["up", "--state-dir", str(arguments.state_dir), "--models", str(arguments.models.resolve())]
     line += ["--only", ",".join(arguments.only), "--triton-env", str(arguments.triton_env)]
     line += ["--kafka-libs", str(arguments.kafka_libs)]
+    if arguments.control_key_file is not None:
+        line += ["--control-key-file", str(arguments.control_key_file)]
     for name in arguments.only:
         for option in PORTS[name]:
             line += [f"--{option.replace('_', '-')}", str(getattr(arguments, option))]

@@ -50,14 +50,20 @@ class Triton:
     start_timeout_s = 180.0
     cause_pattern = r"UNAVAILABLE:|failed to load|error while loading|^error:"
 
-    def __init__(self, state_dir: Path, models: Path, environment: Path, ports: TritonPorts) -> None:
-        """`environment`: the virtual environment that holds nvidia-pytriton and onnxruntime."""
+    def __init__(
+        self, state_dir: Path, models: Path, environment: Path, ports: TritonPorts, control_key: str = ""
+    ) -> None:
+        """`environment`: the virtual environment that holds nvidia-pytriton and onnxruntime.
+
+        `control_key`: models are loaded and unloaded on demand, by who has this key; '': they stay as they are.
+        """
+        self._control_key = control_key
         self._state_dir = state_dir
         self._folder = state_dir / "triton"
         self._models = models
         self._environment = environment
         self._ports = ports
-        self._canary = Canary(f"{LOOPBACK}:{ports.grpc}")
+        self._canary = Canary(f"{LOOPBACK}:{ports.grpc}", control_key)
 
     def endpoints(self) -> dict[str, str]:
         """Where clients find it."""
@@ -78,7 +84,7 @@ class Triton:
 
     def prepare(self) -> None:
         """Assemble the backend folder. Copies, because Triton refuses a link that leaves it."""
-        self._canary = Canary(f"{LOOPBACK}:{self._ports.grpc}")
+        self._canary = Canary(f"{LOOPBACK}:{self._ports.grpc}", self._control_key)
         self.clean()
         target = self._folder / "backends"
         shutil.rmtree(target, ignore_errors=True)
@@ -108,7 +114,19 @@ class Triton:
             "--exit-timeout-secs=5",
             f"--backend-config=python,shm-default-byte-size={SHARED_MEMORY_BYTES}",
             f"--backend-config=python,shm-region-prefix-name={_shm_prefix(self._state_dir)}",
+            *self._control(),
         ]
+
+    def _control(self) -> list[str]:
+        """Options of model control. Triton takes a key as an argument only, which this machine's users can read.
+
+        With strict readiness a server calls itself not ready while a model is loaded, and for good after one that could
+        not be: one version that is tried would take the others from the line.
+        """
+        if not self._control_key:
+            return []
+        key = f"--grpc-restricted-protocol=model-repository:logicrd={self._control_key}"
+        return ["--model-control-mode=explicit", "--load-model=*", "--strict-readiness=false", key]
 
     def environment(self) -> dict[str, str]:
         """PATH and libraries. The backend's processes find their packages by the first `python3` on PATH, not else."""
@@ -155,8 +173,9 @@ class Canary:
     """Sends every ensemble a black picture: all of them at the start, then one of them in turn every few
     seconds; one that answered with an error is asked again at once."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, control_key: str = "") -> None:
         self._address = address
+        self._headers = {"triton-grpc-protocol-logicrd": control_key} if control_key else {}
         self._client: triton.InferenceServerClient | None = None
         self._ensembles: list[str] = []
         self._unproven: list[str] = []
@@ -191,7 +210,7 @@ class Canary:
         try:
             if not self._client.is_server_ready(client_timeout=1.0):
                 return False
-            index = self._client.get_model_repository_index(client_timeout=2.0)
+            index = self._client.get_model_repository_index(self._headers, client_timeout=2.0)
             names = [model.name for model in index.models if model.state == "READY"]
             configs = [self._client.get_model_config(name, client_timeout=2.0).config for name in names]
         except InferenceServerException:

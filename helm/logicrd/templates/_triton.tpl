@@ -2,6 +2,7 @@
 The start of Triton. A shell, because the key of the restricted calls comes from a file or from chance and Triton takes
 it as an argument only: it shows in this pod's own list of processes, and nowhere else.
 
+With strict readiness a server would call itself not ready while a version is tried, and for good after one that fails.
 gRPC serves inference, by TLS. HTTP has no TLS in Triton, so that it answers health checks and nothing else.
 */}}
 {{- define "logicrd.tritonScript" -}}
@@ -10,6 +11,7 @@ KEY=$(cat /etc/triton/admin/key 2>/dev/null || head -c 32 /dev/urandom | base64 
 exec tritonserver \
   --model-repository=/models \
   --model-control-mode=explicit \
+  --strict-readiness=false \
   {{- range $triton.models }}
   {{ printf "--load-model=%s" . | squote }} \
   {{- end }}

@@ -1,0 +1,204 @@
+"""The life of a version on the real Triton: model control behind a key, a trial, the switch, the way back.
+
+Two servers of this module's own, in the mode `explicit`, serve a copy of the shipped product; a line's own client asks
+them all the while.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from exported import PRODUCT, export, graph, heavier, shipped
+from line_process import wait_until
+
+from pipeline.errors import CheckError, ConfigError, DependencyError
+from pipeline.health import Health
+from pipeline.inference import InferenceClient
+from pipeline.manifest import read_manifest
+from pipeline.metrics import Metrics
+from pipeline.model_control import ModelControl
+from pipeline.model_repository import ModelRepository
+from pipeline.promotion import promote, rollback
+from pipeline.servers import Triton
+from pipeline.types import Batch, Cause, Frame, Inference
+
+pytestmark = pytest.mark.stack
+
+STACK = Path(__file__).parents[2] / "deploy/local/stack.py"
+NOW, NEXT, BROKEN = (shipped()["version"] + step for step in range(3))
+BUDGET_S = 60.0
+PICTURE = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """Two servers of the product with a key, and a store beside what they serve."""
+    folder = tmp_path_factory.mktemp("models")
+    export(folder / "served", NOW, lambda _, content: content)
+    (folder / "key").write_text("sesame\n")
+    addresses = [start(folder, name) for name in ("first", "second")]
+    settings = Triton(address=addresses, models_repo=folder / "served", control_key_file=folder / "key")
+    repository = ModelRepository(folder / "served", folder / "store")
+    yield SimpleNamespace(folder=folder, settings=settings, repository=repository)
+    for name in ("first", "second"):
+        stop(folder, name)
+
+
+def start(folder: Path, name: str) -> str:
+    """Start one of the two servers of the same folder; its address."""
+    options = ["--only", "triton", "--free-ports", "--json", "--control-key-file", str(folder / "key")]
+    options += ["--models", str(folder / "served"), "--state-dir", str(folder / name)]
+    subprocess.run([sys.executable, str(STACK), "up", *options], check=True, timeout=150, stdout=subprocess.DEVNULL)
+    return json.loads((folder / name / "state.json").read_text())["endpoints"]["triton"]
+
+
+def stop(folder: Path, name: str) -> None:
+    command = [sys.executable, str(STACK), "down", "--state-dir", str(folder / name)]
+    subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
+class Worker:
+    """A line's client, which has read the manifest when it was made; asks without a pause until `stop`."""
+
+    def __init__(self, settings: Triton) -> None:
+        manifest = read_manifest(settings.models_repo, PRODUCT)
+        self._client = InferenceClient(settings, {PRODUCT: manifest}, metrics=Metrics(), health=Health())
+        self._client.start()
+        self.answers: list[Inference] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.05):  # refused replicas answer at once
+            done = threading.Event()
+
+            def answered(inferences: list[Inference], done: threading.Event = done) -> None:
+                self.answers += inferences
+                done.set()
+
+            self._client.submit(Batch(PRODUCT, (_frame(),)), answered)
+            done.wait(70)
+
+    def stop(self) -> list[Inference]:
+        self._stop.set()
+        self._thread.join(80)
+        self._client.close()
+        return self.answers
+
+
+def _frame() -> Frame:
+    now_s = time.monotonic()
+    return Frame(
+        "cam", "station", PRODUCT, 1, "part", "file", datetime.now(UTC), now_s, now_s + BUDGET_S, image=PICTURE
+    )
+
+
+def score(settings: Triton) -> tuple[str, float]:
+    """Version and score of one picture, as a worker that starts now gets them."""
+    worker = Worker(settings)
+    wait_until(lambda: bool(worker.answers), 60, "an answer")
+    first = worker.stop()[0]
+    assert first.model is not None
+    assert first.scores is not None
+    return first.model.version, first.scores.fused
+
+
+def change(place: SimpleNamespace, what: Any, *arguments: Any) -> None:
+    with place.repository.locked(), ModelControl(place.settings) as control:
+        what(place.repository, control, PRODUCT, *arguments, by="anna", reason="test")
+
+
+def push(place: SimpleNamespace, folder: Path) -> None:
+    with place.repository.locked():
+        place.repository.push(folder)
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return {path: path.read_bytes() for path in found}
+
+
+def test_a_version_is_served_and_taken_back(place: SimpleNamespace) -> None:
+    """A pushed version changes nothing; promoted, its scores are served; a worker of the old manifest judges nothing
+    with it; rolled back, the old scores are served again."""
+    before = score(place.settings)
+    assert before[0] == str(NOW)
+    push(place, heavier(place.folder / "export", NEXT))
+    assert score(place.settings) == before
+    worker = Worker(place.settings)
+    change(place, promote, NEXT)
+    wait_until(lambda: worker.answers[-1].cause is not None, 60, "the old worker to notice")
+    answers = worker.stop()
+    after = score(place.settings)
+    assert after[0] == str(NEXT)
+    assert after[1] > before[1] + 1
+    good = [each.scores.fused for each in answers if each.scores is not None]
+    assert good
+    assert good == pytest.approx([before[1]] * len(good), abs=1e-3)
+    assert {each.cause for each in answers} <= {None, Cause.MODEL_MISMATCH, Cause.TRITON_UNAVAILABLE}
+    assert Cause.MODEL_MISMATCH in {each.cause for each in answers}
+    change(place, rollback)
+    version, again = score(place.settings)
+    assert version == str(NOW)
+    assert again == pytest.approx(before[1], abs=1e-3)
+
+
+def test_a_version_that_cannot_be_loaded_is_never_served(place: SimpleNamespace) -> None:
+    """A graph that passes every check of a file, and that ONNX Runtime refuses: named, while the old one answers."""
+
+    def empty(path: str, content: bytes) -> bytes:
+        return graph() if path.startswith(f"{PRODUCT}.map/") else content
+
+    push(place, export(place.folder / "broken", BROKEN, empty))
+    files = files_of(place.repository.models)
+    worker = Worker(place.settings)
+    with pytest.raises(CheckError, match=rf"{PRODUCT}\.map"):
+        change(place, promote, BROKEN)
+    answers = worker.stop()
+    assert answers
+    assert {each.cause for each in answers} == {None}
+    assert files_of(place.repository.models) == files
+    assert score(place.settings)[0] == str(NOW)  # the server is as ready as before
+
+
+def test_without_the_key_nothing_is_changed(place: SimpleNamespace) -> None:
+    """A wrong key and none are refused before anything is tried, with the name of the setting."""
+    (place.folder / "wrong").write_text("open\n")
+    for key in (place.folder / "wrong", None):
+        settings = place.settings.model_copy(update={"control_key_file": key})
+        with pytest.raises(ConfigError, match="behind a key") as caught, ModelControl(settings):
+            raise AssertionError
+        assert "triton.control_key_file" in caught.value.hint
+
+
+def test_a_server_without_model_control_says_so(place: SimpleNamespace, stack: Any) -> None:
+    """A Triton that loads its models at the start alone: the remedy is named."""
+    settings = Triton(address=stack.endpoints["triton"], models_repo=place.repository.models)
+    with ModelControl(settings) as control, pytest.raises(ConfigError) as caught:
+        control.load(PRODUCT)
+    assert "--model-control-mode=explicit" in caught.value.hint
+
+
+def test_all_replicas_are_told_or_none(place: SimpleNamespace) -> None:
+    """With one replica gone nothing is promoted; the other one, started anew, serves what it served."""
+    files = files_of(place.repository.models)
+    stop(place.folder, "second")
+    with pytest.raises(DependencyError, match="does not answer"):
+        change(place, promote, NEXT)
+    assert files_of(place.repository.models) == files
+    stop(place.folder, "first")
+    addresses = [start(place.folder, name) for name in ("first", "second")]
+    version, _ = score(place.settings.model_copy(update={"address": addresses}))
+    assert version == str(NOW)

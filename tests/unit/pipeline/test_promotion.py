@@ -1,0 +1,215 @@
+"""A promotion that fails, or is killed, at any step: one whole version is served, and the command can be repeated.
+
+The servers are a stand-in here, because no real one fails at a step of one's choice; with real ones: tests/integration.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from exported import PRODUCT, tiny
+
+from pipeline import promotion
+from pipeline.errors import CheckError
+from pipeline.model_repository import ModelRepository
+from pipeline.promotion import promote, rollback
+from pipeline.releases import config_text, steps_of, versions_of
+
+
+class Killed(BaseException):
+    """The end of the process."""
+
+
+class Servers:
+    """Replicas that do what they are told until the call `fails_at`."""
+
+    def __init__(self, fails_at=-1, error=CheckError):
+        self.calls = []
+        self._fails_at = fails_at
+        self._error = error
+
+    def _call(self, *words):
+        self.calls.append(words)
+        if len(self.calls) - 1 == self._fails_at:
+            raise self._error("no memory")
+
+    def load(self, model):
+        self._call("load", model)
+
+    def unload(self, model):
+        self._call("unload", model)
+
+    def try_out(self, *_):
+        self._call("try")
+        return {"one": 1.0}
+
+    def prove(self, *_):
+        self._call("prove")
+
+    def put_back(self, models, gone):
+        self.calls += [("unload", model) for model in gone] + [("load", model) for model in models]
+        return []
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A repository that serves version 3, and a store that has version 4."""
+    tiny(tmp_path / "models", 3)
+    made = ModelRepository(tmp_path / "models", tmp_path / "store")
+    with made.locked():
+        made.push(tiny(tmp_path / "export", 4))
+    return made
+
+
+def run(repository, servers, version=4, **options):
+    with repository.locked():
+        return promote(repository, servers, PRODUCT, version, by="anna", reason="better", **options)
+
+
+def loadable(repository, model):
+    """The versions of a model that a server started now would load; each has its folder."""
+    folders = [int(path.name) for path in (repository.models / model).iterdir() if path.name.isdecimal()]
+    versions = versions_of(repository.config(model)) or [max(folders)]
+    assert set(versions) <= set(folders)
+    return versions
+
+
+def served(repository):
+    """The version that a server started now would serve, checked for being one whole version; and the manifest's."""
+    ensemble = repository.config(PRODUCT)
+    (version,) = loadable(repository, PRODUCT)
+    for step in ensemble.ensemble_scheduling.step:
+        versions = loadable(repository, step.model_name)
+        chosen = max(versions) if step.model_version == -1 else step.model_version
+        assert chosen in versions
+        assert chosen == (1 if step.model_name.startswith("teacher.") else version)
+    return version, repository.promoted(PRODUCT).version
+
+
+def test_a_version_is_tried_first_and_switched_last(repository):
+    """Nothing is loaded before the trial; then the steps in their order, then the ensemble, and the proof."""
+    servers = Servers()
+    run(repository, servers)
+    steps = steps_of(repository.config(PRODUCT))
+    loads = [("load", model) for model in (*steps, PRODUCT)]
+    assert servers.calls == [("try",), ("load", PRODUCT), *loads, ("prove",)]
+    assert served(repository) == (4, 4)
+    (event,) = repository.history(PRODUCT)
+    assert (event.action, event.version, event.previous, event.by, event.reason) == ("promote", 4, 3, "anna", "better")
+
+
+def test_a_version_goes_and_comes_back(repository):
+    """A rollback serves the version before, which was never pushed; a second one says that there is none."""
+    run(repository, Servers())
+    with repository.locked():
+        assert rollback(repository, Servers(), PRODUCT, by="ben", reason="worse").version == 3
+    assert served(repository) == (3, 3)
+    assert [event.action for event in repository.history(PRODUCT)] == ["promote", "rollback"]
+    with repository.locked(), pytest.raises(CheckError, match="no version was promoted before"):
+        rollback(repository, Servers(), PRODUCT, by="ben", reason="worse")
+
+
+@pytest.mark.parametrize("fails_at", range(9))
+def test_a_failure_at_any_call_leaves_the_old_version(repository, fails_at):
+    """Whichever call fails, files and servers are back at version 3, nothing is recorded, and a second try succeeds."""
+    servers = Servers(fails_at)
+    with pytest.raises(CheckError, match="no memory"):
+        run(repository, servers)
+    assert served(repository) == (3, 3)
+    assert repository.history(PRODUCT) == []
+    assert not (repository.models / f"{PRODUCT}.map/4").exists()
+    if fails_at > 1:
+        assert servers.calls[-1] == ("load", PRODUCT)
+    run(repository, Servers())
+    assert served(repository) == (4, 4)
+
+
+def test_a_failed_trial_touches_no_file(repository):
+    """A version that fails its trial leaves the model repository as it was, byte by byte."""
+    before = {path: path.read_bytes() for path in repository.models.rglob("*") if path.is_file()}
+    with pytest.raises(CheckError):
+        run(repository, Servers(0))
+    assert {path: path.read_bytes() for path in repository.models.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("kill_at", range(12))
+def test_a_kill_at_any_write_leaves_one_whole_version(repository, monkeypatch, kill_at):
+    """After a kill before any write, a server that starts serves one version whole; the command again completes it."""
+    monkeypatch.setattr(promotion, "_undo", lambda *_: [])
+    write, writes = repository.write, itertools.count()
+
+    def killed(model, name, content):
+        if next(writes) == kill_at:
+            raise Killed
+        return write(model, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(repository, "write", killed)
+        with pytest.raises(Killed):
+            run(repository, Servers())
+    version, manifest = served(repository)
+    assert version == (4 if kill_at == 11 else 3)
+    assert manifest == 3
+    run(repository, Servers())
+    assert served(repository) == (4, 4)
+
+
+def test_a_tuned_configuration_is_kept(repository):
+    """What operators tuned on the served version holds for the next one."""
+    config = repository.config(f"{PRODUCT}.map")
+    config.instance_group[0].count = 2
+    repository.write(f"{PRODUCT}.map", "config.pbtxt", config_text(config).encode())
+    run(repository, Servers())
+    assert repository.config(f"{PRODUCT}.map").instance_group[0].count == 2
+    assert versions_of(repository.config(f"{PRODUCT}.map")) == [3, 4]
+
+
+def test_other_tensors_take_an_interruption(repository):
+    """Versions whose steps take other tensors cannot be side by side: refused; with leave the ensemble goes first."""
+    config = repository.config(f"{PRODUCT}.map")
+    config.input[0].dims[0] += 1
+    repository.write(f"{PRODUCT}.map", "config.pbtxt", config_text(config).encode())
+    with pytest.raises(CheckError, match="other tensors"):
+        run(repository, Servers())
+    servers = Servers()
+    run(repository, servers, interrupt=True)
+    assert ("unload", PRODUCT) in servers.calls
+    assert versions_of(repository.config(f"{PRODUCT}.map")) == [4]
+    assert served(repository) == (4, 4)
+
+
+def test_a_replica_that_cannot_be_put_back_is_named(repository, monkeypatch):
+    """The message says what went wrong first, and which replica to restart."""
+    servers = Servers(fails_at=4)
+    monkeypatch.setattr(servers, "put_back", lambda *_: ["Triton at one does not answer"])
+    with pytest.raises(CheckError, match=r"no memory; put back on disk, but not everywhere.*Triton at one") as caught:
+        run(repository, servers)
+    assert caught.value.hint == "restart those replicas"
+
+
+def test_a_new_product_that_fails_leaves_nothing(tmp_path):
+    """The first version of a product is gone from disk and servers when it cannot be served."""
+    (tmp_path / "models").mkdir()
+    repository = ModelRepository(tmp_path / "models", tmp_path / "store")
+    with repository.locked():
+        repository.push(tiny(tmp_path / "export", 1))
+    servers = Servers(fails_at=4)
+    with pytest.raises(CheckError):
+        run(repository, servers, 1)
+    assert list(repository.models.iterdir()) == []
+    assert ("unload", PRODUCT) in servers.calls
+    run(repository, Servers(), 1)
+    assert served(repository) == (1, 1)
+
+
+def test_a_folder_that_cannot_be_placed_takes_the_others_back(repository):
+    """Files of a stranger under one model's number: what was placed before them is gone again."""
+    path = repository.models / f"{PRODUCT}.map/4"
+    path.mkdir()
+    (path / "model.onnx").write_bytes(b"mine")
+    with pytest.raises(CheckError, match="holds other files"):
+        run(repository, Servers())
+    assert served(repository) == (3, 3)
+    assert not (repository.models / f"{PRODUCT}.bottleneck/4").exists()
+    assert (path / "model.onnx").read_bytes() == b"mine"
