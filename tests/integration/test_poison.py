@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -94,7 +95,8 @@ class Readings:
     def __init__(self, settings: Kafka, line: str) -> None:
         self.metrics, self.health = Metrics(), Health()
         self.taken: list[Trigger] = []
-        self.sink = Sink(settings, metrics=self.metrics, health=self.health)
+        encoder = Encoder(PLACE, "binary")
+        self.sink = Sink(settings, encoder=encoder, metrics=self.metrics, health=self.health)
         station = Station(name="s1", trigger="message", views=[StationView(camera="c1")])
         self.reader = TriggerReader(
             settings,
@@ -102,7 +104,7 @@ class Readings:
             line=line,
             take=self._take,
             refuse=self.sink.put,
-            encoder=Encoder(PLACE, "binary"),
+            encoder=encoder,
             metrics=self.metrics,
             health=self.health,
         )
@@ -118,7 +120,7 @@ class Readings:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.sink.close()
+        assert self.sink.close(time.monotonic() + 30.0) == []
         self.reader.close()
 
     def names(self) -> list[str]:
@@ -155,7 +157,7 @@ def letters(settings: Kafka) -> dict[int, dict[str, Any]]:
 
 @pytest.fixture
 def settings(secure: SecureBroker) -> Kafka:
-    return Kafka(bootstrap=[secure.addresses["PLAINTEXT"]], drain_timeout_s=30.0)
+    return Kafka(bootstrap=[secure.addresses["PLAINTEXT"]])
 
 
 def test_no_record_stops_the_reading_of_triggers(settings, produce):

@@ -27,7 +27,7 @@ from secure_broker import PASSWORD
 from wire_events import AT, PLACE, sent
 
 from pipeline import config
-from pipeline.brokers import client_options
+from pipeline.brokers import client_options, poll
 from pipeline.config import Pool
 from pipeline.errors import ConfigError, DependencyError
 from pipeline.events import Encoder
@@ -93,10 +93,10 @@ def raw_records(settings: Kafka, topic: str, source: str) -> list[Any]:
     consumer.seek_to_beginning()
     ends, found = consumer.end_offsets(partitions), []
     while any(consumer.position(partition) < end for partition, end in ends.items()):
-        found += [record for records in consumer.poll(timeout_ms=250).values() for record in records]
+        found += poll(consumer, 250)  # steps over what other tests have put there for the library to choke on
     consumer.close()
     wanted = source.encode()
-    return [record for record in found if wanted in (dict(record.headers).get("ce_source") or record.value)]
+    return [record for record in found if wanted in (dict(record.headers).get("ce_source") or record.value or b"")]
 
 
 @pytest.mark.parametrize(
@@ -112,24 +112,25 @@ def test_what_is_read_back_is_a_cloud_event_that_fits_its_schema(secure, way, mo
     settings = settings_for(secure, way)
     place = replace(PLACE, line=f"l{abs(hash(request.node.name)) % 10**9}")
     events = list(sent(mode, place))
-    sink = Sink(settings, metrics=(metrics := Metrics()), health=Health())
+    sink = Sink(settings, encoder=Encoder(place, mode), metrics=(metrics := Metrics()), health=Health())
     sink.start()
     sink.put(*(event for _, _, event in events))
-    assert sink.close() == 0
+    assert sink.close(time.monotonic() + 30.0) == []
     assert metrics.registry.get_sample_value("inspection_events_total", {"fate": "acknowledged"}) == len(events)
     checked, all_may = 0, Kafka(**secure.settings("PLAINTEXT"))
     for topic in ("verdict.v1", "view.v1", "audit.v1", "status.v1"):
         records = raw_records(all_may, f"inspection.{topic}", place.source)
         assert len(records) == sum(event.topic == topic for _, _, event in events)
-        schema = SCHEMAS["verdict.v1.json" if topic == "view.v1" else f"{topic}.json"]
-        validator = jsonschema.Draft202012Validator(
-            schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
-        )
         for record in records:
             message = KafkaMessage(headers=dict(record.headers), key=record.key, value=record.value)
             cloud = from_kafka(message, JSONFormat(), CloudEvent)
             assert (cloud.get_source(), cloud.get_time()) == (place.source, AT)
             assert cloud.get_extension("partitionkey").encode() == record.key
+            kind = cloud.get_type().removeprefix("io.logicrd.inspection.")
+            validator = jsonschema.Draft202012Validator(
+                SCHEMAS["verdict.v1.json" if kind == "view.v1" else f"{kind}.json"],
+                format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER,
+            )
             validator.validate(cloud.get_data())
             checked += 1
     assert checked == len(events)
@@ -245,7 +246,7 @@ def test_every_client_says_the_same(secure, reach, refusal):
     way, text, _ = REFUSALS[refusal]
     settings = refused_settings(secure, way)
     reaches = {
-        "sink": Sink(settings, metrics=Metrics(), health=Health()).start,
+        "sink": Sink(settings, encoder=Encoder(PLACE, "binary"), metrics=Metrics(), health=Health()).start,
         "triggers": trigger_reader(settings).connect,
         "pool": PoolTopic(settings).read,
         "pool write": lambda: PoolTopic(settings).write([change_of("c1")]),
