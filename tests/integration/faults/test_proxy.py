@@ -71,10 +71,10 @@ def connected(proxy: Proxy) -> socket.socket:
 
 
 def refused(proxy: Proxy) -> None:
-    """A new connection is reset at once."""
+    """A new connection is reset at once: while it is made, or when it is first read."""
     with (
-        closing(socket.create_connection((LOOPBACK, proxy.port), timeout=10)) as connection,
         pytest.raises(ConnectionResetError),
+        closing(socket.create_connection((LOOPBACK, proxy.port), timeout=10)) as connection,
     ):
         connection.recv(1)
 
