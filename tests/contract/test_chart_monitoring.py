@@ -147,3 +147,13 @@ def test_the_dashboard_is_rendered_as_it_lies_there():
 def test_deploy_has_the_same_files(link, target):
     """One copy: what lies in `deploy/` is the chart's."""
     assert (ROOT / "deploy" / link).resolve() == Path(target).resolve()
+
+
+def test_every_alert_has_its_paragraph_in_the_runbook():
+    """And the runbook has none of an alert that is gone."""
+    groups = yaml.safe_load(RULES.read_text())["groups"]
+    alerts = [rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule]
+    text = (CHART.parents[1] / "deploy/RUNBOOK.md").read_text()
+    told = dict(re.findall(r"^## (\w+)\n((?:.+\n)+)", text, re.M))
+    assert sorted(told) == sorted(alerts)
+    assert all(len(paragraph) > 100 for paragraph in told.values())
