@@ -26,7 +26,7 @@ demo: ## 60 s of four simulated cameras; SOURCE=<address, video or folder> PRODU
 test: ## every check and every test, against the real Triton, Kafka, Redis and RTSP
 	@$(SETUP) line triton training stack chart
 	@$(MAKE) --no-print-directory lint type
-	.venv/bin/pytest -n 3 --dist loadfile tests/unit/pipeline tests/contract tests/integration tests/e2e tests/unit/models_repo
+	.venv/bin/pytest -n 2 --dist loadfile tests/unit/pipeline tests/contract tests/integration tests/e2e tests/unit/models_repo
 	.venv-training/bin/pytest tests/unit/training
 
 faults: ## the fault suite's long form, 77 cases in about an hour, as root; SEED=<number> repeats a run
