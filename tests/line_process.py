@@ -76,7 +76,15 @@ class Received:
 
     @property
     def duplicates(self) -> int:
-        return len(self.events) - len({event["attributes"]["id"] for event in self.events})
+        return len(self.events) - len(self.distinct)
+
+    @property
+    def distinct(self) -> list[dict[str, Any]]:
+        """The first of each id, as a consumer keeps them: an unkept acknowledgement is sent again after kill -9."""
+        first: dict[str, dict[str, Any]] = {}
+        for event in self.events:
+            first.setdefault(event["attributes"]["id"], event)
+        return list(first.values())
 
     def count(self, verdict: str) -> int:
         return sum(event["data"]["verdict"] == verdict for event in self.events)
@@ -102,13 +110,14 @@ class Received:
 def received(
     kafka: str, line: str, *, at_least: int = 0, timeout_s: float = 10, prefix: str = "inspection"
 ) -> Received:
-    """Read all part verdicts of a line from the start of the topic; waits for `at_least` of them."""
+    """Read all part verdicts of a line from the start of the topic; waits for `at_least` with ids of their own."""
     until = time.monotonic() + timeout_s
     while True:
         with VerdictReader(Kafka(bootstrap=[kafka], topic_prefix=prefix), start="first") as reader:
             events = [event for event in reader.read_to_end() if (event["key"] or "").startswith(f"{line}/")]
-        if len(events) >= at_least or time.monotonic() > until:
-            return Received(events)
+        verdicts = Received(events)
+        if len(verdicts.distinct) >= at_least or time.monotonic() > until:
+            return verdicts
         time.sleep(0.2)
 
 

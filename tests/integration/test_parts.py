@@ -224,7 +224,8 @@ def test_a_part_that_was_open_when_its_worker_died_gets_its_verdict_from_the_nex
 ):
     """After kill -9 with one part judged, one open, and one triggered meanwhile: each trigger has a verdict of its own.
 
-    None is told twice with two ids, and what was judged before stays the first word on it.
+    None is told twice with two ids, and what was judged before stays the first word on it. A verdict that Kafka had but
+    whose acknowledgement was not on disk yet comes again with the same id.
     """
     made = line_file(stack, budget_ms=60_000, monitoring={"port": 0})
     pictures = write_pictures(tmp_path / "p", 1, 4)
@@ -247,10 +248,10 @@ def test_a_part_that_was_open_when_its_worker_died_gets_its_verdict_from_the_nex
         received(kafka, made.name, at_least=4, timeout_s=60)
         line.stop()
     verdicts = received(kafka, made.name)
-    workers = {event["data"]["partId"]: event["data"]["worker"] for event in verdicts.events}
-    told = [(event["data"]["partId"], event["data"]["verdict"]) for event in verdicts.events]
+    workers = {event["data"]["partId"]: event["data"]["worker"] for event in verdicts.distinct}
+    told = [(event["data"]["partId"], event["data"]["verdict"]) for event in verdicts.distinct]
     assert told == [("part-1.png", "OK"), *((f"part-{n}.png", "UNINSPECTED") for n in (2, 3)), ("part-4.png", "OK")]
-    assert (verdicts.duplicates, len(set(workers.values()))) == (0, 2)
+    assert len(set(workers.values())) == 2
     assert verdicts.causes == {"deadline": 2}
 
 
