@@ -66,18 +66,21 @@ class ThresholdCache:
     def start(self) -> None:
         """Take the snapshot and begin to follow changes.
 
-        Raises DependencyError when Redis is down and no last known good copy lies on disk.
+        Raises DependencyError when Redis is down and no last known good copy lies on disk. A product that the copy does
+        not hold has no limits until Redis answers.
         """
         stored = _load(self._settings.snapshot, self._manifests)
         self._known = {product: threshold for product, threshold in stored.items() if threshold.version > 0}
         try:
             self._read()
         except DependencyError as error:
-            if stored.keys() != self._manifests.keys():
+            if not stored:
                 raise
             self._current, self._fresh = stored, False
             self._health.ready("thresholds", state=True)
             log.warning("Redis is down: last known good thresholds from disk", error=str(error), hint=error.hint)
+            for product in sorted(self._manifests.keys() - stored.keys()):
+                log.error("no threshold of it on disk: its parts are UNINSPECTED until Redis answers", product=product)
         self._health.beat(_STAGE)
         self._thread.start()
 

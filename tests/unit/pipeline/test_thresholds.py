@@ -88,10 +88,11 @@ def cache_of(make_manifest, tmp_path):
     """Start a cache on a store, and close it after the test; the snapshot lies in `snapshot.json`."""
     caches = []
 
-    def make(store=None):
+    def make(store=None, products=("tray",)):
         settings = RedisSettings(url=REFUSING, snapshot=tmp_path / "snapshot.json")
+        manifests = {product: make_manifest(product=product) for product in products}
         cache = ThresholdCache(
-            store or ThresholdStore(settings), {"tray": make_manifest()}, settings, metrics=Metrics(), health=Health()
+            store or ThresholdStore(settings), manifests, settings, metrics=Metrics(), health=Health()
         )
         caches.append(cache)
         cache.start()
@@ -127,6 +128,13 @@ def test_the_last_good_limits_survive_a_restart_without_redis(cache_of):
     cache_of(StoreThatHolds(fields_of())).close()
     threshold = cache_of().get("tray")
     assert (threshold.ng, threshold.version, threshold.source) == (3.5, 7, ThresholdSource.FILE)
+
+
+def test_a_product_that_the_disk_does_not_know_stops_no_other(cache_of):
+    """Redis down at start, a product newer than the snapshot: it has no limits, the other keeps its own."""
+    cache_of(StoreThatHolds(fields_of())).close()
+    cache = cache_of(products=("tray", "lid"))
+    assert (cache.get("lid"), cache.get("tray").version) == (None, 7)
 
 
 def test_redis_down_without_a_snapshot_stops_the_start(cache_of):
