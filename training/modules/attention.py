@@ -14,11 +14,16 @@ EPSILON = 1e-5
 
 
 class Attention(nn.Module):
-    """`queries` (B or 1, dim, n) look at `memory` (B, dim, m): (B, dim, n). Queries of batch 1 serve every picture."""
+    """`queries` (B or 1, dim, n) look at `memory` (B, dim, m): (B, dim, n). Queries of batch 1 serve every picture.
 
-    def __init__(self, dim: int, heads: int) -> None:
+    n and m are given to it: a graph whose shapes are constants spares the runtime computing them at every request.
+    """
+
+    def __init__(self, dim: int, heads: int, queries: int, memory: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.split_queries = (-1, heads, dim // heads, queries)
+        self.split_memory = (-1, heads, dim // heads, memory)
+        self.joined = (-1, dim, queries)
         self.scale = 1 / math.sqrt(dim // heads)
         self.to_query = nn.Conv1d(dim, dim, 1, bias=False)
         self.to_key = nn.Conv1d(dim, dim, 1, bias=False)
@@ -27,11 +32,11 @@ class Attention(nn.Module):
 
     def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
         """No residual: what comes out is made of `memory` alone."""
-        query = self.to_query(queries).unflatten(1, (self.heads, -1))
-        key = self.to_key(memory).unflatten(1, (self.heads, -1))
-        value = self.to_value(memory).unflatten(1, (self.heads, -1))
+        query = self.to_query(queries).reshape(self.split_queries)
+        key = self.to_key(memory).reshape(self.split_memory)
+        value = self.to_value(memory).reshape(self.split_memory)
         weights = torch.softmax(torch.matmul(query.transpose(2, 3), key) * self.scale, dim=3)
-        read: Tensor = self.to_out(torch.matmul(value, weights.transpose(2, 3)).flatten(1, 2))
+        read: Tensor = self.to_out(torch.matmul(value, weights.transpose(2, 3)).reshape(self.joined))
         return read
 
 
@@ -50,10 +55,10 @@ class TokenNorm(nn.Module):
 class Mixer(nn.Module):
     """Tokens look at each other, then each is transformed alone: one encoder block, normalised before each half."""
 
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+    def __init__(self, dim: int, heads: int, tokens: int, dropout: float) -> None:
         super().__init__()
         self.norm1 = TokenNorm(dim)
-        self.attention = Attention(dim, heads)
+        self.attention = Attention(dim, heads, tokens, tokens)
         self.norm2 = TokenNorm(dim)
         self.widen = nn.Conv1d(dim, 2 * dim, 1)
         self.narrow = nn.Conv1d(2 * dim, dim, 1)

@@ -34,24 +34,25 @@ class GlobalSemantics(nn.Module):
     ) -> None:
         super().__init__()
         side = image_size // 16
+        self.aligned = [(-1, c, side * side) for c in channels]
         self.align = nn.ModuleList(nn.Conv1d(c, dim, 1, bias=False) for c in channels)
         self.levels = nn.Parameter(0.02 * torch.randn(len(channels), dim, 1))
         self.places = nn.Parameter(grid_codes(side, dim))
         self.queries = nn.Parameter(0.5 * torch.randn(1, dim, tokens))
         self.norm = TokenNorm(dim)
-        self.condense = Attention(dim, heads)
-        self.mix = nn.Sequential(Mixer(dim, heads, dropout), Mixer(dim, heads, dropout))
+        self.condense = Attention(dim, heads, tokens, len(channels) * side * side)
+        self.mix = nn.Sequential(*(Mixer(dim, heads, tokens, dropout) for _ in range(2)))
         self.squeeze = nn.Sequential(TokenNorm(dim), nn.Conv1d(dim, code, 1))
         self.unsqueeze = nn.Conv1d(code, dim, 1)
-        self.field2 = Field(side * 2, dim, heads, fields[0])
-        self.field3 = Field(side, dim, heads, fields[1])
-        self.field4 = Field(side // 2, dim, heads, fields[2])
+        self.field2 = Field(side * 2, dim, heads, tokens, fields[0])
+        self.field3 = Field(side, dim, heads, tokens, fields[1])
+        self.field4 = Field(side // 2, dim, heads, tokens, fields[2])
 
     def forward(self, f1: Tensor, f2: Tensor, f3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The tensors named above; `code` is what the distance branch may measure."""
         pooled = (F.avg_pool2d(f1, 4), F.avg_pool2d(f2, 2), f3)
         aligned = [
-            conv(level.flatten(2)) + self.levels[index] + self.places
+            conv(level.reshape(self.aligned[index])) + self.levels[index] + self.places
             for index, (conv, level) in enumerate(zip(self.align, pooled, strict=True))
         ]
         memory = self.norm(torch.cat(aligned, dim=2))
@@ -64,15 +65,15 @@ class GlobalSemantics(nn.Module):
 class Field(nn.Module):
     """Position queries read tokens (B, dim, n) into a field (B, channels, side, side)."""
 
-    def __init__(self, side: int, dim: int, heads: int, channels: int) -> None:
+    def __init__(self, side: int, dim: int, heads: int, tokens: int, channels: int) -> None:
         super().__init__()
-        self.side = side
+        self.shape = (-1, channels, side, side)
         self.places = nn.Parameter(grid_codes(side, dim).unsqueeze(0))
-        self.read = Attention(dim, heads)
+        self.read = Attention(dim, heads, side * side, tokens)
         self.out = nn.Conv1d(dim, channels, 1)
 
     def forward(self, memory: Tensor) -> Tensor:
         """The place decides what is asked, the tokens what is answered."""
         read = self.read(self.places, memory)
         field: Tensor = self.out(torch.relu(read + self.places))
-        return field.unflatten(2, (self.side, self.side))  # type: ignore[no-untyped-call, no-any-return]
+        return field.reshape(self.shape)
