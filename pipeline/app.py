@@ -250,6 +250,7 @@ class Line:
             take=self._accept,
             run=run,
             budget_s=config.budget_ms / 1e3,
+            networks=config.camera_networks,
         )
 
     def _make_heartbeat(self, config: LineConfig) -> Heartbeat:

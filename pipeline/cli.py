@@ -33,7 +33,9 @@ from pipeline.health import Health
 from pipeline.inference import InferenceClient
 from pipeline.manifest import region_doubts
 from pipeline.metrics import LineSnapshot, Metrics
+from pipeline.networks import refusals
 from pipeline.pool import PoolTopic
+from pipeline.roster import cameras_of
 from pipeline.screen import draw, frame_rates, verdict_line
 from pipeline.tail import VerdictReader
 from pipeline.terminal import (
@@ -135,7 +137,7 @@ def check(
     logs.configure(level="error")
     settings = configuration.load(config)
     manifests = read_manifests(settings)
-    doubts = region_doubts(settings.cameras, manifests)
+    doubts = [*region_doubts(settings.cameras, manifests), *refusals(settings.cameras, settings.camera_networks)]
     done = [f"line file {config}", *(f"manifest {product}" for product in manifests)]
     client = InferenceClient(settings.triton, manifests, metrics=Metrics(), health=Health())
     try:
@@ -157,6 +159,7 @@ def check(
     if settings.pool is not None:
         table, partitions = PoolTopic(settings.kafka).read()
         done.append(f"camera pools: {len(table)} cameras in {partitions} partitions")
+        doubts += refusals(cameras_of(table, settings.pool.name), settings.camera_networks)
     if verdict:
         done += try_verdicts(settings, {manifest.product: manifest for manifest in fit})
     lines = [*(f"good  {what}" for what in done), *(f"look  {doubt}" for doubt in doubts)]

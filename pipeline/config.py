@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, IPvAnyNetwork, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -149,6 +149,9 @@ class LineConfig(BaseSettings):
     must give the pod some seconds more."""
     cameras: list[Camera] = []
     """The cameras that this worker reads, whatever the pool holds; at least one where there is no pool."""
+    camera_networks: list[IPvAnyNetwork] = []
+    """Networks that cameras must lie in, of this file and of a pool, as `[10.20.0.0/16]`; every address of a name must.
+    One outside is not opened (`address_refused`). Empty: no limit."""
     pool: Pool | None = None
     """Share of a pool of cameras; unset: this worker reads `cameras` and no others."""
     stations: list[Station] = Field(default=[])

@@ -22,6 +22,7 @@ from pipeline.config import LineConfig
 from pipeline.errors import ConfigError
 from pipeline.inference import INPUT, OUTPUTS
 from pipeline.manifest import Manifest, read_manifest
+from pipeline.networks import refusals
 from pipeline.sources.deepstream import MUX, GraphFrameError, GraphPipe, Node, multi_source
 from pipeline.types import Cause, Frame, Inference, Model, Scores
 
@@ -166,6 +167,8 @@ def _rtsp_cameras(config: LineConfig, product: str) -> list[RtspCamera]:
                 f"camera {camera.id!r} is of type {camera.type}: DeepStream reads RTSP cameras here",
                 hint="leave it to `logicrd run`, in a line file of its own",
             )
+        if said := refusals([camera], config.camera_networks):
+            raise ConfigError(said[0])
         cameras.append(camera)
     return cameras
 

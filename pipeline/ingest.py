@@ -21,6 +21,7 @@ from pipeline.cameras import Camera, LiveCamera
 from pipeline.errors import FrameError, SourceError
 from pipeline.health import Health
 from pipeline.metrics import Metrics
+from pipeline.networks import Networks
 from pipeline.region import cut_region
 from pipeline.sources import Source, open_source
 from pipeline.types import IDLE, CameraState, Cause, Frame, Image, Picture
@@ -39,7 +40,8 @@ def to_model_size(image: Image, height: int, width: int) -> Image:
 class Handover:
     """What a reader needs of the line: where frames go, when there is room, and whom to tell.
 
-    `announce(camera_id, state, reason)` is called once a change of state; `run` names this run in generated part ids.
+    `announce(camera_id, state, reason)` is called once a change of state; `run` names this run in generated part ids,
+    and no camera is opened outside of `networks`, where there are any.
     """
 
     accept: Callable[[Frame], None]
@@ -49,6 +51,7 @@ class Handover:
     health: Health
     run: str
     budget_s: float
+    networks: Networks = ()
 
 
 class CameraReader:
@@ -135,7 +138,7 @@ class CameraReader:
     def _read_once(self) -> SourceError | None:
         """Read from opening to the end or the loss of the source; gives the reason of a loss."""
         try:
-            with open_source(self._camera) as source:
+            with open_source(self._camera, self._line.networks) as source:
                 self._read_all(source)
         except SourceError as error:
             return error

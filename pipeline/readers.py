@@ -22,6 +22,7 @@ from pipeline.ingest import CameraReader, Handover
 from pipeline.judge import Judge
 from pipeline.manifest import Manifest, region_doubts, with_models_region
 from pipeline.metrics import Metrics
+from pipeline.networks import Networks
 from pipeline.outbox import Outbox
 from pipeline.stations import Station
 from pipeline.types import CameraState, Frame
@@ -49,6 +50,7 @@ class Readers:
         take: Callable[[Frame], None],
         run: str,
         budget_s: float,
+        networks: Networks,
     ) -> None:
         self._manifests = manifests
         self._stations = stations
@@ -66,6 +68,7 @@ class Readers:
             health=health,
             run=run,
             budget_s=budget_s,
+            networks=networks,
         )
         self._readers: dict[str, CameraReader] = {}
         self._numbers: dict[str, int] = {}

@@ -189,6 +189,12 @@ def table_rows(present: Mapping[Place, bytes]) -> list[dict[str, Any]]:
     return sorted(rows.values(), key=lambda row: (row["pool"], row["id"]))
 
 
+def cameras_of(present: Mapping[Place, bytes], pool: str) -> list[Camera]:
+    """Give the cameras of one pool in the topic."""
+    entries = (_present(value) for value in present.values())
+    return [entry.camera for entry in entries if entry is not None and entry.pool == pool]
+
+
 def _change(
     entry: PoolCamera, home: int, present: Mapping[Place, bytes], known: Mapping[Place, PoolCamera | None]
 ) -> Change | None:

@@ -13,6 +13,7 @@ from pipeline.cameras import Camera
 from pipeline.health import Health
 from pipeline.ingest import CameraReader, Handover
 from pipeline.metrics import Metrics
+from pipeline.networks import Networks
 from pipeline.types import CameraState, Frame
 
 
@@ -45,8 +46,8 @@ class Reading:
 
 
 @contextmanager
-def reading(camera: Camera) -> Iterator[Reading]:
-    """Read a camera inside the block."""
+def reading(camera: Camera, networks: Networks = ()) -> Iterator[Reading]:
+    """Read a camera inside the block; none outside of `networks`."""
     done = Reading()
     done.metrics.camera(camera.id, product=camera.product, station=camera.station)
     handover = Handover(
@@ -57,6 +58,7 @@ def reading(camera: Camera) -> Iterator[Reading]:
         health=Health(),
         run="run",
         budget_s=60.0,
+        networks=networks,
     )
     reader = CameraReader(camera, (64, 64), handover)
     reader.start()

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Protocol
 
 from pipeline.cameras import Camera, FolderCamera, GenicamCamera, RtspCamera, UsbCamera
+from pipeline.networks import Networks, admitted
 from pipeline.sources.deepstream import open_graph
 from pipeline.sources.files import FolderSource, open_video
 from pipeline.sources.genicam import open_genicam
@@ -38,10 +39,14 @@ class Source(Protocol):
         """
 
 
-def open_source(camera: Camera) -> Source:
-    """Make the source for a camera's configuration; nothing is opened yet. Raises SourceError."""
+def open_source(camera: Camera, networks: Networks = ()) -> Source:
+    """Make the source for a camera's configuration; nothing is opened yet.
+
+    Raises SourceError, also for an address outside of `networks`; blocks while a name is looked up for that.
+    """
+    camera = admitted(camera, networks)
     if isinstance(camera, RtspCamera):
-        return open_rtsp(camera) if camera.decoder == "ffmpeg" else open_graph(camera, camera.decoder)
+        return open_rtsp(camera, networks) if camera.decoder == "ffmpeg" else open_graph(camera, camera.decoder)
     if isinstance(camera, GenicamCamera):
         return open_genicam(camera)
     if isinstance(camera, UsbCamera):

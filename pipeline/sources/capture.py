@@ -8,9 +8,11 @@ from __future__ import annotations
 import gc
 import signal
 import sys
+from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import FrameError, SourceError
+from pipeline.networks import Networks, refuse_strangers
 from pipeline.sources.link import Link
 from pipeline.sources.stream import StreamSource
 from pipeline.types import Picture
@@ -23,7 +25,9 @@ def run(link: Link) -> None:
     """Read one camera to its end. Never raises but for SystemExit, which SIGTERM asks for."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        _forward(_source(link.settings()), link)
+        settings = link.settings()
+        networks = [ip_network(network) for network in settings.pop("networks", [])]
+        _forward(_source(settings), link, networks)
     except SourceError as error:
         link.say({"kind": "lost", "text": str(error), "reason": error.reason, "hint": error.hint, "final": error.final})
     except OSError:  # the reader is gone
@@ -42,9 +46,10 @@ def _source(settings: dict[str, Any]) -> StreamSource | UsbSource:
     return UsbSource(**settings)
 
 
-def _forward(source: StreamSource | UsbSource, link: Link) -> None:
+def _forward(source: StreamSource | UsbSource, link: Link, networks: Networks) -> None:
     has_pictures = False
     with source:
+        refuse_strangers(networks)
         link.say({"kind": "opened"})
         while True:
             try:

@@ -80,6 +80,20 @@ def test_worker_storage_class_and_size():
     assert given["resources"] == {"requests": {"storage": "5Gi"}}
 
 
+def test_cameras_may_be_where_the_policy_lets_workers():
+    """The line file names the policy's networks; those that are given instead; none where a peer is no network."""
+
+    def networks(**overrides):
+        line = one(render(overrides=overrides), "ConfigMap", "t-logicrd-trays")["data"]["line.yaml"]
+        return yaml.safe_load(line).get("camera_networks")
+
+    assert networks() == ["10.0.0.0/24"]
+    assert networks(config={"camera_networks": ["10.0.0.0/28"]}) == ["10.0.0.0/28"]
+    pods = {"podSelector": {"matchLabels": {"app": "camera"}}}
+    assert networks(networkPolicy={"cameras": {"peers": [{"ipBlock": {"cidr": "10.0.0.0/24"}}, pods]}}) is None
+    assert networks(networkPolicy={"enabled": False}) is None
+
+
 # --- Triton
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from ipaddress import ip_network
 from pathlib import Path
 
 import cv2
@@ -248,3 +251,55 @@ def test_camera_processes_end_with_the_worker(playlist: Path, tmp_path: Path) ->
             os.kill(camera, signal.SIGSTOP)
             worker.kill()
         wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in (server, camera)), 30, "all have ended")
+
+
+def test_no_camera_is_read_outside_of_its_networks(playlist: Path, tmp_path: Path) -> None:
+    """An address outside is FAILED at once, a name that leads outside LOST; within, the same camera is read."""
+    away, here = [ip_network("10.20.0.0/16")], [ip_network("127.0.0.0/8"), ip_network("::1/128")]
+    with simulation({"c1": playlist}, tmp_path, "--rate", "10", "--loop") as cameras:
+        url = cameras.addresses["c1"]
+        with reading(rtsp(url), away) as done:
+            done.wait_for(CameraState.FAILED, "address_refused")
+        with reading(rtsp(url.replace("127.0.0.1", "localhost")), away) as done:
+            done.wait_for(CameraState.LOST, "address_refused")
+            assert done.frames == []
+        with reading(rtsp(url), here) as done:
+            done.wait_for_frames(3)
+
+
+def test_no_picture_is_taken_from_where_a_camera_redirects_to(playlist: Path, tmp_path: Path) -> None:
+    """A camera within the networks answers `302`; FFmpeg follows to one outside, and it is given up as refused."""
+    with (
+        simulation({"c1": playlist}, tmp_path, "--rate", "10", "--loop") as cameras,
+        redirection("127.0.0.2", cameras.addresses["c1"]) as url,
+    ):
+        with reading(rtsp(url)) as done:
+            done.wait_for_frames(1)
+        with reading(rtsp(url), [ip_network("127.0.0.2/32")]) as done:
+            done.wait_for(CameraState.LOST, "address_refused")
+            assert done.frames == []
+
+
+@contextmanager
+def redirection(host: str, to: str) -> Iterator[str]:
+    """A server that sends every RTSP client elsewhere; gives its address."""
+
+    def answer(server: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = server.accept()
+                with client:
+                    sequence = re.search(rb"CSeq: *(\d+)", client.recv(4096))
+                    number = sequence[1] if sequence else b"1"
+                    client.sendall(
+                        b"RTSP/1.0 302 Found\r\nCSeq: " + number + b"\r\nLocation: " + to.encode() + b"\r\n\r\n"
+                    )
+
+    with socket.create_server((host, 0)) as server:
+        thread = threading.Thread(target=answer, args=(server,))
+        thread.start()
+        try:
+            yield f"rtsp://{host}:{server.getsockname()[1]}/c1"
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join(10)

@@ -58,6 +58,16 @@
 {{- toJson $block -}}
 {{- end -}}
 
+{{/* Where cameras may be: as given, or else what the policy lets through where that is networks alone; as JSON. */}}
+{{- define "logicrd.cameraNetworks" -}}
+{{- $networks := .Values.config.camera_networks -}}
+{{- if and (not $networks) .Values.networkPolicy.enabled -}}
+{{- range .Values.networkPolicy.cameras.peers -}}{{- $networks = append $networks (dig "ipBlock" "cidr" "" .) -}}{{- end -}}
+{{- if has "" $networks -}}{{- $networks = list -}}{{- end -}}
+{{- end -}}
+{{- toJson $networks -}}
+{{- end -}}
+
 {{/* Takes (list $ pool). */}}
 {{- define "logicrd.lineFile" -}}
 {{- $root := index . 0 -}}
@@ -73,6 +83,7 @@
 {{- if $root.Values.worker.evidence -}}
 {{- $_ := set $file "evidence" (merge (dict "dir" "/var/lib/logicrd/evidence") $config.evidence) -}}
 {{- end -}}
+{{- with include "logicrd.cameraNetworks" $root | fromJsonArray -}}{{- $_ := set $file "camera_networks" . -}}{{- end -}}
 {{- with $pool.stations -}}{{- $_ := set $file "stations" . -}}{{- end -}}
 {{- if $pool.shared -}}
 {{- $_ := set $file "pool" (dict "name" $pool.name "capacity" $pool.capacity) -}}

@@ -224,7 +224,7 @@ def test_a_gap_in_the_camera_s_count_is_counted(line, monkeypatch):
     lost = SourceError("away", reason="timeout")
     sources = [Scripted(picture(1), picture(2), damaged, picture(6), IDLE, picture(8), lost)]
     sources.append(Scripted(picture(1), SourceError("gone", reason="setting_refused", final=True)))
-    monkeypatch.setattr("pipeline.ingest.open_source", lambda _: sources.pop(0))
+    monkeypatch.setattr("pipeline.ingest.open_source", lambda *_: sources.pop(0))
     camera = GenicamCamera(id="c1", type="genicam", product="tray", trigger="Line0")
     run_to_end(line.reader(camera))
     assert line.metrics.snapshot().cameras[0].dropped == {"missed": 3}
@@ -235,7 +235,7 @@ def test_frames_before_a_key_frame_are_counted_and_those_that_name_a_part_are_du
     """Of three such frames one names its part, which is `frame_corrupt`; the others are counted by their cause."""
     faults = [FrameError("early", reason="no_key_frame", part_id=part_id) for part_id in (None, "p-1", None)]
     sources = [Scripted(*faults, SourceError("x", reason="too_large", final=True))]
-    monkeypatch.setattr("pipeline.ingest.open_source", lambda _: sources.pop(0))
+    monkeypatch.setattr("pipeline.ingest.open_source", lambda *_: sources.pop(0))
     run_to_end(line.reader(RtspCamera(id="c1", type="rtsp", product="tray", url="rtsp://127.0.0.1:9/c1")))
     assert [(frame.part_id, frame.cause) for frame in line.frames] == [("p-1", Cause.FRAME_CORRUPT)]
     assert line.metrics.snapshot().cameras[0].dropped == {"no_key_frame": 2}
@@ -246,7 +246,7 @@ def test_a_stream_that_has_ended_is_called_so_until_something_else_is_known(line
     again = [SourceError("x", reason=reason) for reason in ("no_frames", "timeout", "no_frames")]
     sources = [Scripted(None), *map(Scripted, again)]
     sources.append(Scripted(SourceError("x", reason="too_large", final=True)))
-    monkeypatch.setattr("pipeline.ingest.open_source", lambda _: sources.pop(0))
+    monkeypatch.setattr("pipeline.ingest.open_source", lambda *_: sources.pop(0))
     camera = RtspCamera(id="c1", type="rtsp", product="tray", url="rtsp://127.0.0.1:9/c1", retry_max_s=0.01)
     run_to_end(line.reader(camera))
     assert [reason for _, _, reason in line.states] == ["stream_ended", "timeout", "no_frames", "too_large"]
@@ -257,7 +257,7 @@ def test_another_reason_is_another_state(line, monkeypatch):
     faults = ["unreachable", "unreachable", "auth_failed", "auth_failed"]
     sources = [Scripted(SourceError("x", reason=reason)) for reason in faults]
     sources.append(Scripted(SourceError("x", reason="too_large", final=True)))
-    monkeypatch.setattr("pipeline.ingest.open_source", lambda _: sources.pop(0))
+    monkeypatch.setattr("pipeline.ingest.open_source", lambda *_: sources.pop(0))
     camera = RtspCamera(id="c1", type="rtsp", product="tray", url="rtsp://127.0.0.1:9/c1", retry_max_s=0.01)
     run_to_end(line.reader(camera))
     assert [reason for _, _, reason in line.states] == ["unreachable", "auth_failed", "too_large"]
