@@ -10,7 +10,7 @@ COMPILE = $(UV) pip compile --quiet --generate-hashes --no-emit-index-url --no-h
 	--python-platform x86_64-manylinux_2_35 $(UV_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test faults lint type chart bench images sbom stack-up stack-down lock clean
+.PHONY: help setup demo test check static faults chart bench images lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r verb what; do \
@@ -25,7 +25,7 @@ demo: ## 60 s of four simulated cameras; SOURCE=<address, video or folder> PRODU
 
 test: ## every check and every test, against the real Triton, Kafka, Redis and RTSP
 	@$(SETUP) line triton training stack chart
-	@$(MAKE) --no-print-directory lint type
+	@$(MAKE) --no-print-directory static
 	.venv/bin/pytest -n 2 --dist loadfile tests/unit/pipeline tests/contract tests/integration tests/e2e tests/unit/models_repo
 	.venv-training/bin/pytest tests/unit/training
 
@@ -34,13 +34,16 @@ faults: ## the fault suite's long form, 77 cases in about an hour, as root; SEED
 	.venv/bin/pytest -v -m "" tests/integration/faults --fault-seed $(or $(SEED),$(shell date +%s)) \
 		--fault-table tests/integration/faults/README.md
 
-lint: ## ruff, and who may import whom
-	@$(SETUP) line
-	.venv/bin/ruff check .
-	.venv/bin/lint-imports
+check: static ## lint, types, secrets in the tree, known weaknesses of the locked packages (asks a public database)
+	.venv/bin/python deploy/local/audit.py packages requirements/{dev,training,triton,triton-image}.txt || [ $$? = 4 ]
 
-type: ## mypy, strict
+# What of it needs no network.
+static:
 	@$(SETUP) line training
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports
+	.venv/bin/python deploy/local/audit.py secrets
 	.venv/bin/mypy
 	.venv/bin/mypy deploy/local deploy/docker deploy/examples/mes tests/benchmarks
 	.venv-training/bin/mypy training
@@ -59,23 +62,13 @@ bench: ## measure the line and the served model against the limit of this machin
 	.venv/bin/logicrd bench line --product fastener-tray --fused .cache/fused.onnx --json
 	.venv/bin/logicrd bench delivery --json
 
-images: ## run the images' steps in a clean Debian root (needs root and debootstrap), and their entry points
+images: ## run the images' steps in a clean Debian root (as root), and list what they install in build/sbom (CycloneDX)
 	@$(SETUP) line
 	.venv/bin/python deploy/docker/rehearse.py --target worker --max-mb 400 deploy/docker/worker.Dockerfile -- --help
 	.venv/bin/python deploy/docker/rehearse.py --target training deploy/docker/training.Dockerfile -- --help
-
-sbom: ## list what the images install, as CycloneDX, from the lock files; into build/sbom
-	@$(SETUP) line
 	mkdir -p build/sbom
 	for image in pipeline training triton-image; do .venv/bin/cyclonedx-py requirements requirements/$$image.txt \
 		--output-reproducible --of JSON -o build/sbom/$$image.cdx.json || exit 1; done
-
-stack-up: ## start the embedded Triton, Kafka and Redis
-	@$(SETUP) line triton stack
-	@$(STACK) up
-
-stack-down: ## stop them
-	@$(STACK) down
 
 lock: $(UV) ## pin requirements/*.txt anew, with hashes; UV_FLAGS=--upgrade takes newer versions
 	$(COMPILE) pyproject.toml -o requirements/pipeline.txt

@@ -122,7 +122,7 @@ def stack() -> Iterator[dict[str, str]]:
     try:
         endpoints = _endpoints()
         if endpoints is None:
-            raise DemoError(f"{STATE_DIR}/state.json is missing: `make stack-down`, then try again", 4)
+            raise DemoError(f"{STATE_DIR}/state.json is missing: `logicrd stack down`, then try again", 4)
         yield endpoints
     finally:
         if not was_up:

@@ -256,7 +256,7 @@ def endpoints(state_dir: Path) -> dict[str, str]:
     try:
         addresses: dict[str, str] = json.loads((state_dir / "state.json").read_text())["endpoints"]
     except FileNotFoundError:
-        raise BenchmarkError(f"no stack is running in '{state_dir}'; start one with `make stack-up`") from None
+        raise BenchmarkError(f"no stack is running in '{state_dir}'; start one with `logicrd stack up`") from None
     return addresses
 
 

@@ -143,7 +143,7 @@ def test_compose_mounts_exist():
 
 
 def test_sbom_lists_what_the_lock_pins(tmp_path):
-    """The CycloneDX document made by `make sbom` has each package of the lock at its version, with its hashes."""
+    """The CycloneDX document made by `make images` has each package of the lock at its version, with its hashes."""
     lock = ROOT / "requirements/triton-image.txt"
     made = tmp_path / "triton.cdx.json"
     tool = [sys.executable, "-m", "cyclonedx_py", "requirements", str(lock), "--output-reproducible"]
