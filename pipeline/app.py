@@ -1,9 +1,9 @@
 """The composition root: builds the stages of one line, wires them with queues, starts, drains and stops them.
 
 Threads: one reader a camera -> batcher -> one dispatcher -> gRPC's own -> one judge -> one for the outbox -> one
-publisher, one for pictures, one for thresholds, one for heartbeats, one for triggers where a station asks for them, two
-with a pool: its cameras, new products. A part is opened when its frame is captured or its trigger comes, and gets
-exactly one verdict. Called by the command line and by tests.
+publisher, one for pictures, one for thresholds, one for heartbeats; one for triggers where a station asks for them, one
+for the log of parts, two with a pool: its cameras, new products. A part is opened when its frame is captured or its
+trigger comes, and gets exactly one verdict. Called by the command line and by tests.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from pipeline.manifest import Manifest, products_in, read_manifest
 from pipeline.metrics import LineSnapshot, Metrics
 from pipeline.newcomers import Newcomers
 from pipeline.outbox import Outbox, read_stored
+from pipeline.part_log import PartLog
 from pipeline.parts import Parts
 from pipeline.pool import CameraPool
 from pipeline.readers import Readers
@@ -83,6 +84,7 @@ class Line:
         self._evidence = Evidence(config.evidence, self._manifests, self.health)
         self._outbox = self._make_outbox(config)
         self._triggers = self._make_triggers(config)
+        self._part_log = PartLog(self.metrics) if config.monitoring.log_parts else None
         self._judge = self._make_judge(config, run)
         self._stop_dispatch = threading.Event()
         self.cameras = self._make_readers(config, run)
@@ -120,6 +122,8 @@ class Line:
             self._thresholds.close()
             self._inference.close()
             raise
+        if self._part_log is not None:
+            self._part_log.start()
         self._judge.start()
         self.health.beat("dispatcher")
         self._dispatcher.start()
@@ -168,6 +172,8 @@ class Line:
         left = self._outbox.close(drained_s - _CLOSING_S)
         self._triggers.close()  # after the last acknowledgement, which moves its place
         self._thresholds.close()
+        if self._part_log is not None:
+            self._part_log.close(_CLOSING_S / 2)
         self._close_page()
         last = self.snapshot()
         log.info(
@@ -235,6 +241,7 @@ class Line:
             metrics=self.metrics,
             health=self.health,
             settled=self._triggers.settled,
+            part_log=self._part_log,
         )
 
     def _make_readers(self, config: LineConfig, run: str) -> Readers:

@@ -93,6 +93,8 @@ class Monitoring(Block):
     """Address to listen on."""
     heartbeat_s: Annotated[float, Field(ge=0.1, le=3600, allow_inf_nan=False)] = 10.0
     """How often the worker tells of itself on `<prefix>.status.v1`."""
+    log_parts: bool = False
+    """One JSON line a part on standard error, OK parts included, in place of the log line of those that are not OK."""
 
     @field_validator("host")
     @classmethod

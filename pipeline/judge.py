@@ -26,6 +26,7 @@ from pipeline.health import Health
 from pipeline.manifest import Manifest
 from pipeline.metrics import Metrics
 from pipeline.outbox import Outbox
+from pipeline.part_log import PartLog
 from pipeline.parts import Arrival, Parts
 from pipeline.thresholds import ThresholdCache
 from pipeline.types import (
@@ -67,6 +68,7 @@ class Judge:
         metrics: Metrics,
         health: Health,
         settled: Callable[[tuple[int, int]], None],
+        part_log: PartLog | None = None,
     ) -> None:
         self._parts = parts
         self._manifests = manifests
@@ -77,6 +79,7 @@ class Judge:
         self._metrics = metrics
         self._health = health
         self._settled = settled
+        self._part_log = part_log
         self._lock = threading.Lock()
         # Answers and faults; a full queue makes the one who puts wait, no longer than 1 s.
         self._results: queue.Queue[Inference] = queue.Queue(_MAX_RESULTS)
@@ -267,11 +270,12 @@ class Judge:
 
         def otherwise() -> tuple[Event, ...]:
             left = unstored(verdict)
-            self._note(left)
-            return self._events(left, decided_at)
+            events = self._events(left, decided_at)
+            self._note(left, events[-1])
+            return events
 
         events = self._events(verdict, decided_at)
-        self._outbox.put(*events, final=partial(self._note, verdict), otherwise=otherwise)
+        self._outbox.put(*events, final=partial(self._note, verdict, events[-1]), otherwise=otherwise)
 
     def _events(self, verdict: PartVerdict, decided_at: datetime) -> tuple[Event, ...]:
         events = self._encoder.part(verdict, decided_at=decided_at)
@@ -279,10 +283,12 @@ class Judge:
             return events
         return *events[:-1], replace(events[-1], done=partial(self._settled, receipt))
 
-    def _note(self, verdict: PartVerdict) -> None:
-        """Count a verdict, and say it unless it is OK; from the outbox's thread, or this one."""
+    def _note(self, verdict: PartVerdict, event: Event) -> None:
+        """Count a verdict, and say it: unless it is OK, or all of them; from the outbox's thread, or this one."""
         self._metrics.verdict(verdict)
-        if verdict.judgement is not Judgement.OK:
+        if self._part_log is not None:
+            self._part_log.put(event)
+        elif verdict.judgement is not Judgement.OK:
             log.info(
                 "part",
                 station=verdict.part.station,

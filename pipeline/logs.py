@@ -1,7 +1,7 @@
 """Log set-up: JSON lines for machines, short coloured lines on a terminal, always on stderr.
 
-One line per change of state and one per NG, REVIEW or UNINSPECTED part; nothing else per frame above debug. Called once
-by the command line; every other module takes `structlog.get_logger()`.
+One line per change of state and one per NG, REVIEW or UNINSPECTED part, or per part (`part_log`); nothing else per
+frame above debug. Called once by the command line; every other module takes `structlog.get_logger()`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,14 @@ class _Stderr:
             sys.stderr.flush()
 
 
+_STDERR = cast(TextIO, _Stderr())
+
+
+def write_line(text: str) -> None:
+    """Write a line that is made already, whatever the level; never into the middle of another one."""
+    structlog.PrintLogger(_STDERR).msg(text)
+
+
 def configure(*, level: str = "info", colour: bool = True) -> None:
     """Send all logs, the libraries' included, to stderr. `level` is debug, info, warning or error."""
     number = logging.getLevelNamesMapping()[level.upper()]
@@ -42,7 +50,7 @@ def configure(*, level: str = "info", colour: bool = True) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(file=cast(TextIO, _Stderr())),
+        logger_factory=structlog.PrintLoggerFactory(file=_STDERR),
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(level=max(number, logging.WARNING), stream=sys.stderr, format="%(name)s: %(message)s")

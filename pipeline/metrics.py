@@ -182,6 +182,9 @@ class Metrics:
         self.outbox_failures = Counter(
             "inspection_outbox_failures", "Times the disk did not take events", registry=registry
         )
+        self.part_lines_dropped = Counter(
+            "inspection_part_lines_dropped", "Lines of parts that found no room in the log", registry=registry
+        )
         self.threshold_age = Gauge(
             "inspection_threshold_age_seconds", "Since the last good read of Redis", registry=registry
         )

@@ -49,8 +49,8 @@ def logicrd(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_picture_of_two_folders_gets_one_verdict_in_order(stack, line_file, products, tmp_path):
-    """Two products at once: as many verdicts as pictures, none twice, sequence unbroken per key."""
-    made = line_file(stack)
+    """Two products at once: as many verdicts as pictures, none twice, sequence unbroken per key; and a log line each."""
+    made = line_file(stack, monitoring={"log_parts": True})
     for number, product in enumerate(products[:2]):
         pictures = write_pictures(tmp_path / product, 20, number)
         made.camera(type="folder", path=str(pictures), product=product, station=product)
@@ -65,6 +65,11 @@ def test_every_picture_of_two_folders_gets_one_verdict_in_order(stack, line_file
     data = verdicts.events[0]["data"]
     assert data["model"]["name"] in products
     assert data["views"][0]["scores"]["fused"] is not None
+    lines = [line for line in map(json.loads, line.log().splitlines()) if line["event"] == "part"]
+    assert {line["inspectionId"]: line["verdict"] for line in lines} == {
+        event["attributes"]["id"]: event["data"]["verdict"] for event in verdicts.events
+    }
+    assert len(lines) == 40
 
 
 def test_a_new_threshold_holds_for_the_next_frames(stack, line_file, products, tmp_path):

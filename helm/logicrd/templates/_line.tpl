@@ -78,7 +78,7 @@
 {{- $_ := set $file "triton" (include "logicrd.tritonBlock" $root | fromJson) -}}
 {{- $_ := set $file "kafka" (include "logicrd.kafkaBlock" $root | fromJson) -}}
 {{- $_ := set $file "redis" (include "logicrd.redisBlock" $root | fromJson) -}}
-{{- $_ := set $file "monitoring" (dict "host" "0.0.0.0" "port" $root.Values.worker.monitoringPort) -}}
+{{- $_ := set $file "monitoring" (merge (dict "host" "0.0.0.0" "port" $root.Values.worker.monitoringPort) $config.monitoring) -}}
 {{- with $config.batching -}}{{- $_ := set $file "batching" . -}}{{- end -}}
 {{- if $root.Values.worker.evidence -}}
 {{- $_ := set $file "evidence" (merge (dict "dir" "/var/lib/logicrd/evidence") $config.evidence) -}}
