@@ -71,8 +71,8 @@ images: ## run the images' steps in a clean Debian root (as root), and list what
 		--output-reproducible --of JSON -o build/sbom/$$image.cdx.json || exit 1; done
 
 lock: $(UV) ## pin requirements/*.txt anew, with hashes; UV_FLAGS=--upgrade takes newer versions
-	$(COMPILE) pyproject.toml -o requirements/pipeline.txt
-	$(COMPILE) -c requirements/pipeline.txt pyproject.toml requirements/dev.in -o requirements/dev.txt
+	$(COMPILE) --extra tracing pyproject.toml -o requirements/pipeline.txt
+	$(COMPILE) -c requirements/pipeline.txt --extra tracing pyproject.toml requirements/dev.in -o requirements/dev.txt
 	$(COMPILE) -c requirements/pipeline.txt --extra training pyproject.toml requirements/training.in -o requirements/training.txt
 	$(COMPILE) requirements/triton.in -o requirements/triton.txt
 	$(COMPILE) -c requirements/dev.txt requirements/build.in -o requirements/build.txt

@@ -39,6 +39,7 @@ from pipeline.readers import Readers
 from pipeline.sink import Sink
 from pipeline.threshold_store import ThresholdStore
 from pipeline.thresholds import ThresholdCache
+from pipeline.tracing import Tracing
 from pipeline.triggers import TriggerReader
 from pipeline.types import Cause, Frame, Inference, Trigger
 
@@ -82,6 +83,7 @@ class Line:
         )
         self._encoder = Encoder(self._place, config.kafka.content_mode)
         self._evidence = Evidence(config.evidence, self._manifests, self.health)
+        self._tracing = None if config.tracing is None else Tracing(config.tracing, self._place, self.metrics)
         self._outbox = self._make_outbox(config)
         self._triggers = self._make_triggers(config)
         self._part_log = PartLog(self.metrics) if config.monitoring.log_parts else None
@@ -101,6 +103,8 @@ class Line:
 
     def start(self) -> None:
         """Reach every dependency, then start the cameras. Raises DependencyError or CheckError; nothing stays up."""
+        if self._tracing is not None:
+            self._tracing.start()
         try:
             for product in self._inference.start(optional=self._manifests.keys() - set(self._config.products)):
                 del self._manifests[product]
@@ -121,6 +125,8 @@ class Line:
             self._outbox.close(time.monotonic())
             self._thresholds.close()
             self._inference.close()
+            if self._tracing is not None:
+                self._tracing.close(_CLOSING_S / 2)
             raise
         if self._part_log is not None:
             self._part_log.start()
@@ -174,6 +180,8 @@ class Line:
         self._thresholds.close()
         if self._part_log is not None:
             self._part_log.close(_CLOSING_S / 2)
+        if self._tracing is not None:
+            self._tracing.close(_CLOSING_S / 2)
         self._close_page()
         last = self.snapshot()
         log.info(
@@ -212,7 +220,13 @@ class Line:
     def _make_outbox(self, config: LineConfig) -> Outbox:
         return Outbox(
             config.outbox,
-            Sink(config.kafka, encoder=self._encoder, metrics=self.metrics, health=self.health),
+            Sink(
+                config.kafka,
+                encoder=self._encoder,
+                metrics=self.metrics,
+                health=self.health,
+                tracing=self._tracing,
+            ),
             max_held=config.kafka.max_unacknowledged,
             metrics=self.metrics,
             health=self.health,
@@ -242,6 +256,7 @@ class Line:
             health=self.health,
             settled=self._triggers.settled,
             part_log=self._part_log,
+            tracing=self._tracing,
         )
 
     def _make_readers(self, config: LineConfig, run: str) -> Readers:

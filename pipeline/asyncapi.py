@@ -23,6 +23,8 @@ _ATTRIBUTES = {
     "time": {"format": "date-time", "description": "When it was decided."},
     "partitionkey": {"description": "The record's key."},
 }
+# Of a part that is traced; for the line's own spans, and for whoever goes on with the trace.
+_TRACE = {"type": "string", "description": "W3C trace context of a part that is traced; not there for the others."}
 _DEAD_LETTER_HEADERS = {
     "logicrd_error": "What was wrong with the record.",
     "logicrd_record": "Where it lay: `<topic>/<partition>/<offset>`.",
@@ -152,6 +154,10 @@ def _forms(kind: _Kind, *, sent: bool) -> dict[str, Any]:
         "payload": _object(envelope, [*required, "data"]),
         "bindings": key,
     }
+    if kind.name in ("verdict", "view"):
+        binary["properties"] |= {"ce_traceparent": _TRACE, "traceparent": _TRACE}
+        structured["headers"] = _object({"traceparent": _TRACE}, [])
+        envelope["traceparent"] = _TRACE
     forms = {f"{kind.name}.binary": {**plain, "headers": binary}, f"{kind.name}.structured": structured}
     return forms if sent else {kind.name: plain, **forms}
 

@@ -35,7 +35,7 @@ from pipeline.cameras import (
 )
 from pipeline.errors import ConfigError
 from pipeline.region import RegionOfInterest, with_mask_read
-from pipeline.servers import Kafka, Redis, Triton
+from pipeline.servers import Kafka, Redis, Tracing, Triton
 from pipeline.stations import Station, StationView, check_views
 
 ENV_PREFIX = "LOGICRD_"
@@ -172,6 +172,8 @@ class LineConfig(BaseSettings):
     """Pictures kept for review."""
     monitoring: Monitoring = Monitoring()
     """Metrics and health."""
+    tracing: Tracing | None = None
+    """Traces of parts; unset: none, at no cost."""
 
     @model_validator(mode="after")
     def _unique_cameras(self) -> LineConfig:
@@ -291,9 +293,9 @@ def _rooted(config: LineConfig, root: Path) -> LineConfig:
     """Resolve the file's relative paths against the folder it lies in."""
     blocks = {name: rooted(getattr(config, name), root) for name in ("triton", "kafka", "redis", "evidence", "outbox")}
     pool = None if config.pool is None else rooted(config.pool, root)
-    return config.model_copy(
-        update={**blocks, "cameras": [rooted(camera, root) for camera in config.cameras], "pool": pool}
-    )
+    tracing = None if config.tracing is None else rooted(config.tracing, root)
+    cameras = [rooted(camera, root) for camera in config.cameras]
+    return config.model_copy(update={**blocks, "cameras": cameras, "pool": pool, "tracing": tracing})
 
 
 def rooted(block: _B, root: Path) -> _B:

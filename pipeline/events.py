@@ -99,8 +99,8 @@ class Encoder:
         """Who speaks."""
         return self._place
 
-    def part(self, part: PartVerdict, *, decided_at: datetime) -> tuple[Event, ...]:
-        """Encode a part's verdict: one event a view, then the part's."""
+    def part(self, part: PartVerdict, *, decided_at: datetime, trace: str | None = None) -> tuple[Event, ...]:
+        """Encode a part's verdict: one event a view, then the part's; `trace` is its trace context, if it has one."""
         place, subject = self._place, part.part.part_id
         inspection = self._inspection(part.part)
         key = f"{place.line}/{part.part.station}".encode()
@@ -110,8 +110,9 @@ class Encoder:
             alone = len(part.views) == 1 and not part.missing  # then the view says what the part says
             seen = value if alone else _json(self._verdict(_only(part, view), inspection))
             name = f"{inspection}/{view.frame.camera_id}"
-            events.append(self._event("view", name, subject, decided_at, key, seen))
-        return *events, self._event("verdict", inspection, subject, decided_at, key, value, is_part=True)
+            events.append(self._event("view", name, subject, decided_at, key, seen, trace=trace))
+        last = self._event("verdict", inspection, subject, decided_at, key, value, is_part=True, trace=trace)
+        return *events, last
 
     def audit(self, stray: Stray, at: datetime) -> Event:
         """Encode a frame that counts for no verdict."""
@@ -215,6 +216,7 @@ class Encoder:
         value: bytes,
         *,
         is_part: bool = False,
+        trace: str | None = None,
     ) -> Event:
         attributes = {
             "specversion": "1.0",
@@ -224,6 +226,7 @@ class Encoder:
             "subject": subject,
             "time": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "partitionkey": key.decode(),
+            **({} if trace is None else {"traceparent": trace}),
         }
         if self._content_mode == "binary":
             headers = [(f"ce_{name}", text.encode()) for name, text in attributes.items()]
@@ -232,6 +235,8 @@ class Encoder:
             head = json.dumps({**attributes, "datacontenttype": "application/json"})
             value = head[:-1].encode() + b', "data": ' + value + b"}"
             headers = [("content-type", b"application/cloudevents+json; charset=UTF-8")]
+        if trace is not None:  # besides the attribute: what follows traces through Kafka looks for this name
+            headers.append(("traceparent", trace.encode()))
         return Event(_TOPICS[kind], key, value, tuple(headers), is_part=is_part)
 
 

@@ -152,6 +152,7 @@ class InferenceClient:
                 outputs=self._outputs,
                 client_timeout=remaining_s,
                 timeout=int(remaining_s * 1e6),  # in the server's queues, which a cancelled call may stay in
+                headers=None if (request := _request(batch)) is None else {"traceparent": request},
             )
         except (InferenceServerException, ValueError) as error:  # ValueError: the channel is closed
             log.debug("inference not sent", product=batch.product, replica=replica.address, error=str(error))
@@ -190,6 +191,7 @@ class InferenceClient:
     def _scores(self, batch: Batch, result: InferResult, sent_s: float) -> list[Inference]:
         received_s = time.monotonic()
         score, map_score, distance, anomaly_map = (_tensor(result, name) for name in OUTPUTS)
+        request = _request(batch)
         return [
             Inference(
                 frame,
@@ -198,6 +200,7 @@ class InferenceClient:
                 model=self._models[batch.product],
                 sent_s=sent_s,
                 received_s=received_s,
+                request=request,
             )
             for i, frame in enumerate(batch.frames)
         ]
@@ -253,6 +256,11 @@ class InferenceClient:
             slow = known and fault_of(_status(error), _words(error)) in (Fault.LATE, Fault.BUSY)
             return Finding.LATE if slow else Finding.FAILED, words
         return Finding.GOOD, ""
+
+
+def _request(batch: Batch) -> str | None:
+    """Give the trace context of a batch's request: a request has one, so that of the first traced frame."""
+    return next((frame.request for frame in batch.frames if frame.request is not None), None)
 
 
 def _readiness(client: InferenceServerClient) -> tuple[Finding, str]:

@@ -251,6 +251,7 @@ class CameraReader:
         self._number += 1
         if part_id is not None and self._round:
             part_id = f"{part_id}#{self._round}"
+        ready_s = time.monotonic()
         frame = Frame(
             camera_id=self._camera.id,
             station=self._camera.station,
@@ -265,8 +266,9 @@ class CameraReader:
             cause=cause,
             trigger_count=trigger_count,
             view=self._view,
+            ready_s=ready_s,
         )
-        self._line.metrics.stage("ingest", time.monotonic() - captured_s)
+        self._line.metrics.stage("ingest", ready_s - captured_s)
         self._line.accept(frame)
 
     def _change(self, state: CameraState, reason: str = "", text: str = "", hint: str = "") -> None:

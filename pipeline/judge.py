@@ -29,6 +29,7 @@ from pipeline.outbox import Outbox
 from pipeline.part_log import PartLog
 from pipeline.parts import Arrival, Parts
 from pipeline.thresholds import ThresholdCache
+from pipeline.tracing import Tracing
 from pipeline.types import (
     CameraState,
     Cause,
@@ -69,6 +70,7 @@ class Judge:
         health: Health,
         settled: Callable[[tuple[int, int]], None],
         part_log: PartLog | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._parts = parts
         self._manifests = manifests
@@ -80,6 +82,7 @@ class Judge:
         self._health = health
         self._settled = settled
         self._part_log = part_log
+        self._tracing = tracing
         self._lock = threading.Lock()
         # Answers and faults; a full queue makes the one who puts wait, no longer than 1 s.
         self._results: queue.Queue[Inference] = queue.Queue(_MAX_RESULTS)
@@ -172,8 +175,13 @@ class Judge:
             elif frame.product not in self._manifests:
                 self.put(Inference(frame, cause=Cause.PRODUCT_NOT_READY))
             else:
-                ready.append(frame)
+                ready.append(frame if self._tracing is None else self._traced(frame, self._tracing))
         return ready
+
+    def _traced(self, frame: Frame, tracing: Tracing) -> Frame:
+        with self._lock:
+            part = self._parts.awaits(frame)
+        return frame if part is None else replace(frame, request=tracing.of_request(part, frame))
 
     def _watch_count(self, frame: Frame) -> None:
         """Say once of a camera that it has no trigger counter where one is asked for: its missed parts go unseen."""
@@ -278,7 +286,8 @@ class Judge:
         self._outbox.put(*events, final=partial(self._note, verdict, events[-1]), otherwise=otherwise)
 
     def _events(self, verdict: PartVerdict, decided_at: datetime) -> tuple[Event, ...]:
-        events = self._encoder.part(verdict, decided_at=decided_at)
+        trace = None if self._tracing is None else self._tracing.of_part(verdict.part)
+        events = self._encoder.part(verdict, decided_at=decided_at, trace=trace)
         if (receipt := verdict.part.receipt) is None:
             return events
         return *events[:-1], replace(events[-1], done=partial(self._settled, receipt))
@@ -286,6 +295,8 @@ class Judge:
     def _note(self, verdict: PartVerdict, event: Event) -> None:
         """Count a verdict, and say it: unless it is OK, or all of them; from the outbox's thread, or this one."""
         self._metrics.verdict(verdict)
+        if self._tracing is not None:
+            self._tracing.stored(verdict)
         if self._part_log is not None:
             self._part_log.put(event)
         elif verdict.judgement is not Judgement.OK:

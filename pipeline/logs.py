@@ -54,6 +54,6 @@ def configure(*, level: str = "info", colour: bool = True) -> None:
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(level=max(number, logging.WARNING), stream=sys.stderr, format="%(name)s: %(message)s")
-    # The Kafka and FFmpeg libraries report every retry; the line reports the state change itself.
-    for name in ("kafka", "libav"):
+    # The Kafka, FFmpeg and OpenTelemetry libraries report every retry; the line reports the state change itself.
+    for name in ("kafka", "libav", "opentelemetry"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

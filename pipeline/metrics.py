@@ -185,6 +185,7 @@ class Metrics:
         self.part_lines_dropped = Counter(
             "inspection_part_lines_dropped", "Lines of parts that found no room in the log", registry=registry
         )
+        self.spans = Counter("inspection_spans", "Spans of traces by fate", ["fate"], registry=registry)
         self.threshold_age = Gauge(
             "inspection_threshold_age_seconds", "Since the last good read of Redis", registry=registry
         )

@@ -278,14 +278,14 @@ def connect(name: str, address: str, by: grpc.ChannelCredentials | None) -> Infe
     return InferenceServerClient(address, ssl=True, creds=by, channel_args=[*CHANNEL, *own])
 
 
-def credentials(tls: Tls) -> grpc.ChannelCredentials:
-    """Read the files of `tls`. Raises ConfigError."""
+def credentials(tls: Tls, block: str = "triton.tls") -> grpc.ChannelCredentials:
+    """Read the files of `tls`, which the line file calls `block`. Raises ConfigError."""
     try:
         parts = [
             None if path is None else path.read_bytes() for path in (tls.ca_file, tls.key_file, tls.certificate_file)
         ]
     except OSError as error:
-        raise ConfigError(f"triton.tls: {error.filename}: {error.strerror}", hint="a file in PEM") from None
+        raise ConfigError(f"{block}: {error.filename}: {error.strerror}", hint="a file in PEM") from None
     return grpc.ssl_channel_credentials(*parts)
 
 

@@ -112,6 +112,24 @@ class Kafka(Block):
         return self
 
 
+class Tracing(Block):
+    """Where traces of parts go. Needs the packages of `logicrd[tracing]`, which the worker's image has."""
+
+    address: str
+    """A collector that speaks OTLP over gRPC, `host:port`; mostly port 4317."""
+    tls: Tls | None = None
+    """Speak TLS; the collector's certificate is for the name in `address`. Unset: plain text."""
+    share: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.01
+    """Share of the parts that are traced, each in whole or not at all; the same ones whoever inspects them."""
+
+    @field_validator("address")
+    @classmethod
+    def _is_address(cls, address: str) -> str:
+        if not _ADDRESS.fullmatch(address):
+            raise ValueError(f"{address!r} is not `host:port`")
+        return address
+
+
 class Redis(Block):
     """Where thresholds live."""
 

@@ -27,6 +27,7 @@ from pipeline.events import Encoder, Event
 from pipeline.health import Health
 from pipeline.metrics import Metrics
 from pipeline.servers import Kafka as KafkaSettings
+from pipeline.tracing import Tracing
 
 # The library gives a record up after this time and would then send later ones ahead of it: the order of a key is worth
 # more than a bound that ours (`max_unacknowledged`) already sets. Largest value it takes, 24 days.
@@ -52,11 +53,20 @@ log = structlog.get_logger(__name__)
 class Sink:
     """The way to Kafka; `put` from any thread, never blocking."""
 
-    def __init__(self, settings: KafkaSettings, *, encoder: Encoder, metrics: Metrics, health: Health) -> None:
+    def __init__(
+        self,
+        settings: KafkaSettings,
+        *,
+        encoder: Encoder,
+        metrics: Metrics,
+        health: Health,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._settings = settings
         self._encoder = encoder
         self._metrics = metrics
         self._health = health
+        self._tracing = tracing
         lock = threading.Lock()
         self._changed = threading.Condition(lock)  # for the publisher
         self._settled = threading.Condition(lock)  # for whoever waits for the end
@@ -189,7 +199,7 @@ class Sink:
         with self._changed:
             self._waiting.popleft()
             self._sent[number] = event
-        future.add_callback(partial(self._acknowledged, number))
+        future.add_callback(partial(self._acknowledged, number, time.monotonic()))
         future.add_errback(partial(self._fail, number))
 
     def _begin_anew(self, number: int, error: BaseException) -> None:
@@ -237,7 +247,7 @@ class Sink:
 
     # The client library's thread
 
-    def _acknowledged(self, number: int, _: object) -> None:
+    def _acknowledged(self, number: int, sent_s: float, _: object) -> None:
         with self._changed:
             event = self._sent.pop(number, None)
             if event is None:
@@ -251,6 +261,8 @@ class Sink:
         self._metrics.unacknowledged.set(self._unacknowledged)
         self._metrics.acknowledged(is_part=event.is_part)
         _tell((event,))
+        if self._tracing is not None:
+            self._tracing.acknowledged(event, sent_s)
 
     def _fail(self, number: int, error: BaseException) -> None:
         """End the producer before it sends anything later."""

@@ -153,7 +153,8 @@ class Frame:
     `image` is at model size; it is None exactly when `cause` says why the picture cannot be judged.
     `number` counts the frames of this camera since the worker started, from 1. `view` is None where the frame shows the
     camera's whole picture. `epoch` is the generation of the camera pool's group at capture, None for a worker without a
-    pool.
+    pool. `ready_s` is when its reader had decoded it, `request` the trace context of its request to Triton (W3C
+    `traceparent`), None where its part is not traced.
     """
 
     camera_id: str
@@ -171,6 +172,8 @@ class Frame:
     meas_id: str | None = None
     view: View | None = None
     epoch: int | None = None
+    ready_s: float | None = None
+    request: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +214,10 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Inference:
-    """What Triton said of one frame, or why it said nothing (`cause`)."""
+    """What Triton said of one frame, or why it said nothing (`cause`).
+
+    `request` is the trace context that its batch was sent with: that of the first traced frame in it.
+    """
 
     frame: Frame
     scores: Scores | None = None
@@ -220,6 +226,7 @@ class Inference:
     cause: Cause | None = None
     sent_s: float | None = None
     received_s: float | None = None
+    request: str | None = None
 
 
 class ThresholdSource(StrEnum):
@@ -299,3 +306,26 @@ class PartVerdict:
     missing: tuple[MissingView, ...]
     decided_s: float
     optional: frozenset[str] = frozenset()
+
+
+Attributes = dict[str, str | int | list[str]]
+"""What is told of a span, by OpenTelemetry's dotted names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A step of a part's trace. Ids are OpenTelemetry's, of 128 and 64 bits; a root has no `parent_id`.
+
+    Times are on the monotonic clock. `link` is the `traceparent` of a span that this one has to do with.
+    """
+
+    name: str
+    trace_id: int
+    span_id: int
+    parent_id: int | None
+    began_s: float
+    ended_s: float
+    attributes: Attributes
+    is_call: bool = False
+    is_error: bool = False
+    link: str | None = None

@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--only", type=_names, default=list(PORTS), metavar="LIST", help="of triton,kafka,redis")
     key = "file of a key: whoever has it may load and unload models (logicrd models); default: nobody"
     up.add_argument("--control-key-file", type=Path, metavar="FILE", help=key)
+    trace = "let Triton send spans of traced requests there (OTLP over HTTP), `http://127.0.0.1:4318/v1/traces`"
+    up.add_argument("--trace-url", default="", metavar="URL", help=trace)
     up.add_argument("--free-ports", action="store_true", help="take any free ports instead of the defaults")
     up.add_argument("--foreground", action="store_true", help="stay in the foreground; Ctrl-C stops everything")
     up.add_argument("--triton-env", type=Path, default=ROOT / ".venv-triton", help=argparse.SUPPRESS)
@@ -127,7 +129,8 @@ def _components(arguments: argparse.Namespace) -> list[Component]:
         # Not resolved: the last part of a virtual environment's python is a link that must stay one.
         environment = Path(os.path.abspath(arguments.triton_env))  # noqa: PTH100
         key = _control_key(arguments.control_key_file)
-        components.append(Triton(state_dir, arguments.models.resolve(), environment, ports, key))
+        models = arguments.models.resolve()
+        components.append(Triton(state_dir, models, environment, ports, key, arguments.trace_url))
     if "kafka" in arguments.only:
         libs = arguments.kafka_libs.resolve()
         components.append(Kafka(state_dir, libs, arguments.kafka_port, arguments.kafka_controller_port))
@@ -193,6 +196,8 @@ def _same_arguments(arguments: argparse.Namespace) -> list[str]:
     line += ["--kafka-libs", str(arguments.kafka_libs)]
     if arguments.control_key_file is not None:
         line += ["--control-key-file", str(arguments.control_key_file)]
+    if arguments.trace_url:
+        line += ["--trace-url", arguments.trace_url]
     for name in arguments.only:
         for option in PORTS[name]:
             line += [f"--{option.replace('_', '-')}", str(getattr(arguments, option))]

@@ -51,13 +51,21 @@ class Triton:
     cause_pattern = r"UNAVAILABLE:|failed to load|error while loading|^error:"
 
     def __init__(
-        self, state_dir: Path, models: Path, environment: Path, ports: TritonPorts, control_key: str = ""
+        self,
+        state_dir: Path,
+        models: Path,
+        environment: Path,
+        ports: TritonPorts,
+        control_key: str = "",
+        trace_url: str = "",
     ) -> None:
         """`environment`: the virtual environment that holds nvidia-pytriton and onnxruntime.
 
         `control_key`: models are loaded and unloaded on demand, by who has this key; '': they stay as they are.
+        `trace_url`: a collector for the spans of traced requests, OTLP over HTTP; '': none are made.
         """
         self._control_key = control_key
+        self._trace_url = trace_url
         self._state_dir = state_dir
         self._folder = state_dir / "triton"
         self._models = models
@@ -115,6 +123,7 @@ class Triton:
             f"--backend-config=python,shm-default-byte-size={SHARED_MEMORY_BYTES}",
             f"--backend-config=python,shm-region-prefix-name={_shm_prefix(self._state_dir)}",
             *self._control(),
+            *self._tracing(),
         ]
 
     def _control(self) -> list[str]:
@@ -127,6 +136,18 @@ class Triton:
             return []
         key = f"--grpc-restricted-protocol=model-repository:logicrd={self._control_key}"
         return ["--model-control-mode=explicit", "--load-model=*", "--strict-readiness=false", key]
+
+    def _tracing(self) -> list[str]:
+        """Options of tracing. A request that comes with a sampled trace is always traced, of the others none."""
+        if not self._trace_url:
+            return []
+        settings = (
+            "mode=opentelemetry",
+            "level=TIMESTAMPS",
+            f"rate={2**31 - 1}",
+            f"opentelemetry,url={self._trace_url}",
+        )
+        return [f"--trace-config={setting}" for setting in settings]
 
     def environment(self) -> dict[str, str]:
         """PATH and libraries. The backend's processes find their packages by the first `python3` on PATH, not else."""

@@ -49,7 +49,7 @@ def logicrd(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_picture_of_two_folders_gets_one_verdict_in_order(stack, line_file, products, tmp_path):
-    """Two products at once: as many verdicts as pictures, none twice, sequence unbroken per key; and a log line each."""
+    """Two products at once: as many verdicts as pictures, none twice, in sequence per key; and a log line each."""
     made = line_file(stack, monitoring={"log_parts": True})
     for number, product in enumerate(products[:2]):
         pictures = write_pictures(tmp_path / product, 20, number)

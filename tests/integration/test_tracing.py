@@ -1,0 +1,86 @@
+"""A part's trace through the real line, Triton and Kafka, as a collector gets it by OTLP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from line_process import LineProcess, received, wait_until
+from otlp_receiver import ReceivedSpan, Receiver, receiver
+
+pytestmark = pytest.mark.stack
+PRODUCT = "fastener-tray"
+PARTS = 6
+STEPS = {"part", "capture", "queue", "inference", "judge", "outbox", "kafka"}
+
+
+def pictures(folder: Path) -> Path:
+    """Write soft random pictures."""
+    folder.mkdir()
+    rng = np.random.default_rng(3)
+    for number in range(PARTS):
+        grain = rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / f"part-{number}.png"), cv2.resize(grain, (640, 480)))
+    return folder
+
+
+def test_one_trace_goes_from_camera_to_kafka_and_through_triton(
+    stack: Any, make_stack: Callable[..., Any], line_file: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Each part is a trace of the line's steps, which its verdict carries on; Triton's spans hang below its request."""
+    with receiver() as collector:
+        triton = make_stack("--only", "triton", "--trace-url", collector.url)
+        made = line_file(
+            stack,
+            triton={"address": triton.endpoints["triton"]},
+            batching={"max_size": 1},
+            tracing={"address": collector.address, "share": 1},
+            monitoring={"log_parts": True},
+        )
+        made.camera(type="folder", path=str(pictures(tmp_path / "pictures")), product=PRODUCT)
+        with LineProcess(made.write()) as line:
+            line.wait()
+        assert line.exit_code == 0, line.log()
+        events = received(stack.endpoints["kafka"], made.name, at_least=PARTS).events
+        assert len(events) == PARTS
+        for event in events:
+            _, trace, parent, _ = event["attributes"]["traceparent"].split("-")
+            assert trace in line.log()
+            steps = collector.of(trace)
+            assert steps.keys() >= STEPS
+            assert steps["part"].span == parent
+            assert steps["part"].attributes["logicrd.part_id"] == event["data"]["partId"]
+            within(steps)
+            served = below(collector, steps["inference"])
+            assert steps["inference"].began_ns - 2_000_000 <= served.began_ns <= steps["inference"].ended_ns
+            # A request and a computation for each model of the ensemble, besides its own.
+            wait_until(lambda trace=trace: len(tritons(collector, trace)) > 5, 30, "the spans of the models")
+        traced = {event["data"]["inspectionId"].replace("-", "") for event in events}
+        assert {span.trace for span in collector.spans} == traced  # no probe of the server is traced
+
+
+def tritons(collector: Receiver, trace: str) -> list[ReceivedSpan]:
+    """The spans of a trace that the line did not send."""
+    return [span for span in list(collector.spans) if span.trace == trace and span.service != "logicrd"]
+
+
+def below(collector: Receiver, call: ReceivedSpan) -> ReceivedSpan:
+    """Wait for the span that Triton made of a request; it sends them in batches."""
+
+    def found() -> list[ReceivedSpan]:
+        return [span for span in tritons(collector, call.trace) if span.parent == call.span]
+
+    wait_until(found, 30, "Triton's span of the request")
+    return found()[0]
+
+
+def within(steps: dict[str, ReceivedSpan]) -> None:
+    """Each step follows the one before, to the millisecond of the clocks' reading."""
+    order = ["capture", "queue", "inference", "judge", "outbox"]
+    for before, after in pairwise(order):
+        assert steps[before].ended_ns <= steps[after].began_ns + 2_000_000, (before, after)
