@@ -107,6 +107,28 @@ def test_triton_is_not_made_when_it_is_somewhere_else():
     assert "tls" not in line["triton"]
 
 
+def test_traces_go_to_the_collector_and_are_off_by_default():
+    """Workers by OTLP over gRPC with the authority mounted, Triton over HTTP; the policies let both out there alone."""
+    manifests = render("full-values.yaml")
+    line = yaml.safe_load(one(manifests, "ConfigMap", "plant-trays")["data"]["line.yaml"])
+    assert line["tracing"] == {
+        "address": "collector.monitoring:4317",
+        "share": 0.1,
+        "tls": {"ca_file": "tracing/ca/ca.crt"},
+    }
+    worker = pods(manifests)["StatefulSet/plant-trays"]["containers"][0]
+    assert "/etc/logicrd/tracing/ca" in {mount["mountPath"] for mount in worker["volumeMounts"]}
+    script = triton_of(manifests)["args"][0]
+    assert "'--trace-config=opentelemetry,url=https://collector.monitoring:4318/v1/traces'" in script
+    for name, port in (("plant-line", 4317), ("plant-triton", 4318)):
+        rules = one(manifests, "NetworkPolicy", name)["spec"]["egress"]
+        (rule,) = (rule for rule in rules if {"port": port} in rule.get("ports", []))
+        assert "monitoring" in str(rule["to"])
+    plain = render()
+    assert "tracing" not in yaml.safe_load(one(plain, "ConfigMap", "t-logicrd-trays")["data"]["line.yaml"])
+    assert "trace-config" not in triton_of(plain)["args"][0]
+
+
 def test_triton_by_default():
     """GPU, memory for /dev/shm, three probes, explicit control, and both services."""
     manifests = render()
@@ -358,7 +380,7 @@ def test_policies_let_the_line_through():
     manifests = render("full-values.yaml")
     line = one(manifests, "NetworkPolicy", "plant-line")["spec"]
     ports = [sorted(str(port["port"]) for port in rule.get("ports", [])) for rule in line["egress"]]
-    assert ports == [["53", "53"], ["8001"], ["9094"], ["6380"], [], ["9000"]]
+    assert ports == [["53", "53"], ["8001"], ["9094"], ["6380"], [], ["4317"], ["9000"]]
     assert [rule["ports"] for rule in line["ingress"]] == [[{"port": 9400}]]
     triton = one(manifests, "NetworkPolicy", "plant-triton")["spec"]
     assert [rule["ports"] for rule in triton["ingress"]] == [[{"port": 8001}], [{"port": 8002}]]

@@ -130,6 +130,8 @@ def test_large_numbers_stay_numbers():
         ("redis: {url: ''}", "redis.url is empty"),
         ("networkPolicy: {redis: []}", "networkPolicy.redis is empty"),
         ("networkPolicy: {cameras: {peers: []}}", "networkPolicy.cameras.peers is empty"),
+        ("tracing: {address: 'collector:4317'}", "networkPolicy.tracing is empty"),
+        ("tracing: {tritonUrl: 'https://collector:4318/v1/traces'}", "networkPolicy.tracing is empty"),
         # Secrets as text.
         ("redis: {password: hunter2}", "redis.password holds a secret in plain text"),
         ("kafka: {sasl: {password: hunter2}}", "kafka.sasl.password holds a secret in plain text"),

@@ -58,6 +58,15 @@
 {{- toJson $block -}}
 {{- end -}}
 
+{{- define "logicrd.tracingBlock" -}}
+{{- $tracing := .Values.tracing -}}
+{{- $block := dict "address" $tracing.address "share" $tracing.share -}}
+{{- if $tracing.tls.enabled -}}
+{{- $_ := set $block "tls" (include "logicrd.tls" (list $tracing.tls "tracing") | fromJson) -}}
+{{- end -}}
+{{- toJson $block -}}
+{{- end -}}
+
 {{/* Where cameras may be: as given, or else what the policy lets through where that is networks alone; as JSON. */}}
 {{- define "logicrd.cameraNetworks" -}}
 {{- $networks := .Values.config.camera_networks -}}
@@ -84,6 +93,7 @@
 {{- $_ := set $file "evidence" (merge (dict "dir" "/var/lib/logicrd/evidence") $config.evidence) -}}
 {{- end -}}
 {{- with include "logicrd.cameraNetworks" $root | fromJsonArray -}}{{- $_ := set $file "camera_networks" . -}}{{- end -}}
+{{- if $root.Values.tracing.address -}}{{- $_ := set $file "tracing" (include "logicrd.tracingBlock" $root | fromJson) -}}{{- end -}}
 {{- with $pool.stations -}}{{- $_ := set $file "stations" . -}}{{- end -}}
 {{- if $pool.shared -}}
 {{- $_ := set $file "pool" (dict "name" $pool.name "capacity" $pool.capacity) -}}
@@ -116,6 +126,9 @@
 {{- end -}}
 {{- end -}}
 {{- $found = concat $found (include "logicrd.tlsSecrets" (list $values.redis.tls "redis") | fromJsonArray) -}}
+{{- if $values.tracing.address -}}
+{{- $found = concat $found (include "logicrd.tlsSecrets" (list $values.tracing.tls "tracing") | fromJsonArray) -}}
+{{- end -}}
 {{- if $values.redis.auth.existingSecret -}}
 {{- $found = append $found (dict "folder" "redis/auth" "secret" $values.redis.auth.existingSecret "items" (dict $values.redis.auth.key "password")) -}}
 {{- end -}}

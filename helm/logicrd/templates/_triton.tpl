@@ -3,6 +3,7 @@ The start of Triton. A shell, because the key of the restricted calls comes from
 it as an argument only: it shows in this pod's own list of processes, and nowhere else.
 
 With strict readiness a server would call itself not ready while a version is tried, and for good after one that fails.
+Of traces it makes those that the workers ask for: one request in so many by itself is none.
 gRPC serves inference, by TLS. HTTP has no TLS in Triton, so that it answers health checks and nothing else.
 */}}
 {{- define "logicrd.tritonScript" -}}
@@ -29,6 +30,12 @@ exec tritonserver \
   --http-restricted-api="inference,metadata,model-config,statistics,model-repository,shared-memory,logging,trace:logicrd=$KEY" \
   --metrics-config=histogram_latencies=true \
   --backend-config=python,shm-default-byte-size=16777216
+  {{- with .Values.tracing.tritonUrl }} \
+  --trace-config=mode=opentelemetry \
+  --trace-config=level=TIMESTAMPS \
+  --trace-config=rate=2147483647 \
+  {{ printf "--trace-config=opentelemetry,url=%s" . | squote }}
+  {{- end }}
   {{- range $triton.extraArgs }} \
   {{ squote . }}
   {{- end }}

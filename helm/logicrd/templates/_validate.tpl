@@ -170,6 +170,7 @@ Values that the schema cannot judge: each wrong one ends the render with a sente
 {{- if not .Values.strimzi.enabled -}}{{- $_ := set $needed "networkPolicy.kafka" $policy.kafka -}}{{- end -}}
 {{- if not .Values.triton.enabled -}}{{- $_ := set $needed "networkPolicy.triton" $policy.triton -}}{{- end -}}
 {{- if .Values.triton.modelRepository.s3.bucket -}}{{- $_ := set $needed "networkPolicy.s3" $policy.s3 -}}{{- end -}}
+{{- if or .Values.tracing.address .Values.tracing.tritonUrl -}}{{- $_ := set $needed "networkPolicy.tracing" $policy.tracing -}}{{- end -}}
 {{- if .Values.serviceMonitor.enabled -}}{{- $_ := set $needed "networkPolicy.prometheus" $policy.prometheus -}}{{- end -}}
 {{- range $name, $peers := $needed -}}
 {{- if not $peers -}}
