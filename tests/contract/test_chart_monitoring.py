@@ -23,6 +23,8 @@ WORDS = {
     "rate",
     "increase",
     "max",
+    "min_over_time",
+    "unless",
     "avg",
     "count",
     "histogram_quantile",
