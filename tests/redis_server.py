@@ -61,7 +61,7 @@ class RedisServer:
 
     def __enter__(self) -> RedisServer:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.port, self.tls_port = _free_ports(2)
+        self.port, self.tls_port = free_ports(2)
         acl = ACL_FILE.read_text()
         for user, kind in self.users.items():
             rights = re.search(rf"^user {kind} off (.*)$", acl, re.MULTILINE)
@@ -113,7 +113,7 @@ class RedisServer:
         return {"url": url, "user": user, "password_file": str(self.folder / f"{user}.password")} | more
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import redis
 import yaml
 from dockerfile_parse import DockerfileParser
+from line_process import wait_until
+from redis_server import free_ports
 
 from pipeline import config
 from pipeline.manifest import read_manifest
@@ -95,7 +98,7 @@ def test_torch_is_in_the_training_image_only():
 def test_compose_builds_from_recipes_with_their_targets():
     """Each build names a recipe that exists, and a stage in it."""
     builds = [service["build"] for service in COMPOSE["services"].values() if "build" in service]
-    assert len(builds) == 4
+    assert len(builds) == 5
     for build in builds:
         recipe = ROOT / build["dockerfile"]
         stages = [value.split()[2] for kind, value in steps(recipe) if kind == "FROM" and " AS " in value]
@@ -104,7 +107,7 @@ def test_compose_builds_from_recipes_with_their_targets():
 
 def test_compose_images_have_versions():
     """Foreign images are pinned to a version, none floats."""
-    images = [service["image"] for service in COMPOSE["services"].values() if "image" in service]
+    images = {service["image"] for service in COMPOSE["services"].values() if "image" in service}
     assert len(images) == 2
     assert all(re.fullmatch(r"[a-z/]+:\d+\.\d+[\w.-]*", image) for image in images)
 
@@ -121,6 +124,8 @@ def test_compose_waits_for_what_it_needs():
 def test_compose_line_fits_the_services(tmp_path):
     """The line file is valid, its hosts are services of the file, its products are in the repository."""
     text = (DOCKER / "line.yaml").read_text().replace("/models", str(ROOT / "models_repo"))
+    (tmp_path / "password").write_text("of-the-test\n")
+    text = text.replace("/run/redis", str(tmp_path))
     path = tmp_path / "line.yaml"
     path.write_text(text)
     line = config.load(path)
@@ -129,6 +134,43 @@ def test_compose_line_fits_the_services(tmp_path):
     assert {re.split("[:/]", host)[0] for host in hosts} == {"triton", "kafka", "redis", "camera"}
     for product in line.products:
         read_manifest(line.triton.models_repo, product)
+
+
+def test_compose_gives_redis_users_with_passwords(tmp_path):
+    """A real Redis with the list that it makes: `line` reads limits, `engineer` sets them, nobody else enters."""
+    _, script, acl, out, *users = COMPOSE["services"]["redis-users"]["entrypoint"]
+    mounts = dict(each.split(":")[1::-1] for each in COMPOSE["services"]["redis-users"]["volumes"])
+    command = ["sh", ROOT / "deploy" / mounts[script], ROOT / "deploy" / mounts[acl], tmp_path, *users]
+    assert out == "/users"
+    for _ in range(2):  # the second one changes nothing
+        subprocess.run(command, check=True, timeout=30)
+        passwords = {user: (tmp_path / user / "password").read_text().strip() for user in users}
+    assert users == ["line", "engineer"]
+    assert len(set(passwords.values())) == 2
+    assert all(len(password) == 48 for password in passwords.values())
+    (port,) = free_ports(1)
+    server = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", tmp_path, "--save", ""]
+    with subprocess.Popen([*server, "--aclfile", tmp_path / "server/users.acl"], stdout=subprocess.DEVNULL) as process:
+        try:
+            key = "logicrd:threshold:tray"
+            line, engineer = (redis.Redis(port=port, username=user, password=passwords[user]) for user in users)
+            wait_until(lambda: _answers(line, key), 30, "Redis")
+            engineer.hset(key, "ng", "4.5")
+            assert line.hmget(key, "ng") == [b"4.5"]
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                line.hset(key, "ng", "9")
+            with pytest.raises(redis.AuthenticationError, match="Authentication required"):
+                redis.Redis(port=port).ping()  # what the health check looks for
+        finally:
+            process.terminate()
+
+
+def _answers(client, key):
+    try:
+        client.hmget(key, "ng")
+    except redis.ConnectionError:
+        return False
+    return True
 
 
 def test_compose_mounts_exist():

@@ -187,7 +187,8 @@ def test_a_worker_that_was_away_gives_way_and_takes_part_again(pool):
 
 
 def test_what_a_worker_cannot_read_is_refused_by_name(pool, tmp_path):
-    """Beyond capacity, of an unknown product, no JSON, a password from elsewhere: each named, and the rest is read.
+    """Beyond capacity, of an unknown product, no JSON, a password from elsewhere, an address outside of the networks:
+    each named, and the rest is read.
 
     A relative password file is one of the worker's own folder.
     """
@@ -198,17 +199,20 @@ def test_what_a_worker_cannot_read_is_refused_by_name(pool, tmp_path):
     near = {"id": f"{pool.name}.-near", "password_file": "password", "station": "near", **rtsp}
     away = {"id": f"{pool.name}.away", "password_file": "../password", "station": "away", **rtsp}
     strange = pool.camera(8, product="no-such-part")
-    pool.apply([*cameras, strange, near, away])
+    outside = {**rtsp, "id": f"{pool.name}.-outside", "station": "outside", "url": "rtsp://10.9.9.9/x"}
+    pool.apply([*cameras, strange, near, away, outside])
     producer = KafkaProducer(bootstrap_servers=pool.kafka)
     producer.send("inspection.cameras.v1", key=f"{pool.name}.bad".encode(), value=b"\xff{", partition=0)
     producer.close()
-    pool.files["a"].settings["pool"]["capacity"] = 4
+    pool.files["a"].settings["pool"]["capacity"] = 5
+    pool.files["a"].settings["camera_networks"] = ["127.0.0.0/8"]
     with pool.worker("a") as line:
-        wait_until(lambda: len(pool.states()) == 8, 60, "a word on each")
+        wait_until(lambda: len(pool.states()) == 9, 60, "a word on each")
         states = {camera.removeprefix(f"{pool.name}."): state[:2] for camera, state in pool.states().items()}
         assert states.pop("-near")[0] == "lost"
         assert states == {
             **{f"{number:02}": ("streaming", "") for number in range(3)},
+            "-outside": ("failed", "address_refused"),
             "03": ("failed", "capacity"),
             "08": ("failed", "product_unknown"),
             "away": ("failed", "invalid"),
