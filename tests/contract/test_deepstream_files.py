@@ -211,7 +211,7 @@ def test_the_example_is_the_renderers(rendered: dict[Path, str]) -> None:
 
 
 def test_no_password_and_no_file_is_rendered(tmp_path: Path) -> None:
-    """A camera's secret stays in its own file; a camera that is no RTSP camera is refused by its name."""
+    """A camera's secret stays in its own file; one that is no RTSP camera, or outside its networks, is refused."""
     (tmp_path / "secret").write_text("s3cret")
     document = yaml.safe_load(LINE.read_text()) | {"triton": {"models_repo": str(ROOT / "models_repo")}}
     document["cameras"][0] |= {"user": "eve", "password_file": "secret"}
@@ -221,6 +221,10 @@ def test_no_password_and_no_file_is_rendered(tmp_path: Path) -> None:
     document["cameras"].append({"id": "box", "type": "folder", "product": "cable-set", "path": "pictures"})
     (tmp_path / "line.yaml").write_text(yaml.safe_dump(document))
     with pytest.raises(ConfigError, match="'box'"):
+        write(configuration.load(tmp_path / "line.yaml"), tmp_path / "out", AT)
+    document["cameras"].pop()
+    (tmp_path / "line.yaml").write_text(yaml.safe_dump(document | {"camera_networks": ["192.0.2.0/24"]}))
+    with pytest.raises(ConfigError, match="camera_networks"):
         write(configuration.load(tmp_path / "line.yaml"), tmp_path / "out", AT)
 
 

@@ -318,15 +318,21 @@ def test_a_replica_of_another_version_is_named_and_not_used(stack, stranger, lin
 
 
 def test_check_names_each_replica_and_what_it_serves(stack, second, line_file, pictures):
-    """One line a replica, with the product's version."""
+    """One line a replica, with the product's version; and each camera that may not be where it is."""
     addresses = [stack.endpoints["triton"], second.address]
-    path = write_line(line_file, stack, pictures, addresses)
+    made = line_file(stack, triton={"address": addresses}, camera_networks=["10.20.0.0/16"])
+    made.camera(type="folder", path=str(pictures), product=PRODUCT)
+    for host in ("10.20.0.7", "10.21.0.7", "localhost"):
+        made.camera(id=host, type="rtsp", url=f"rtsp://{host}/a", product=PRODUCT)
+    path = made.write()
     check = [sys.executable, "-m", "pipeline.cli", "check", "-c", str(path)]
     done = subprocess.run(check, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     version = read_manifest(MODELS, PRODUCT).version
     for address in addresses:
         assert f"good  Triton at {address}, signatures of {PRODUCT} version {version}\n" in done.stdout
+    looks = [text for text in done.stdout.splitlines() if "camera_networks" in text]
+    assert [text.split()[2] for text in looks] == ["'10.21.0.7'", "'localhost'"]
 
 
 def test_a_replica_whose_backend_died_costs_no_batch(stack, second, service):
