@@ -28,6 +28,7 @@ from pipeline.types import Span
 
 _EXPORT_TIMEOUT_S = 5.0
 _EVERY_MS = 1_000
+_GIVE_UP_S = 0.5
 _MAX_WAITING = 8_192
 
 log = structlog.get_logger(__name__)
@@ -37,7 +38,7 @@ class Collector:
     """Where spans go; `send` from any thread, never blocking. Raises ConfigError for a file that cannot be read."""
 
     def __init__(self, settings: TracingSettings, told: Mapping[str, str], metrics: Metrics) -> None:
-        exporter = OTLPSpanExporter(
+        self._exporter = OTLPSpanExporter(
             endpoint=settings.address,
             insecure=settings.tls is None,
             credentials=None if settings.tls is None else credentials(settings.tls, "tracing.tls"),
@@ -47,7 +48,7 @@ class Collector:
         self._provider = TracerProvider(
             ALWAYS_ON, Resource.create(told), shutdown_on_exit=False, id_generator=self._ids
         )
-        watched = _Watched(exporter, settings.address, metrics)
+        watched = _Watched(self._exporter, settings.address, metrics)
         self._provider.add_span_processor(
             BatchSpanProcessor(watched, max_queue_size=_MAX_WAITING, schedule_delay_millis=_EVERY_MS)
         )
@@ -74,6 +75,9 @@ class Collector:
         thread = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
         thread.start()
         thread.join(timeout_s)
+        if thread.is_alive():
+            self._exporter.shutdown()  # no more attempts
+            thread.join(_GIVE_UP_S)
 
 
 class _Ids(IdGenerator):

@@ -75,10 +75,10 @@ def desk(make_manifest):
 class Broken(Encoder):
     """An encoder that fails for one part."""
 
-    def part(self, part, *, decided_at):
+    def part(self, part, **about):
         if part.part.part_id == "part-2":
             raise RuntimeError("no such event")
-        return super().part(part, decided_at=decided_at)
+        return super().part(part, **about)
 
 
 def test_a_verdict_that_cannot_be_encoded_costs_that_part_alone(desk, make_frame):

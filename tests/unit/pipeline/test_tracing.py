@@ -2,6 +2,7 @@
 
 import socket
 import sys
+import threading
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,6 +25,10 @@ AT = datetime(2026, 11, 23, 12, 0, 1, 500_000, tzinfo=UTC)
 
 def traces(address="127.0.0.1:9", share=1.0):
     return Tracing(TracingSettings(address=address, share=share), PLACE, Metrics())
+
+
+def exporting():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("Otel")]
 
 
 @pytest.fixture
@@ -133,6 +138,7 @@ def test_a_collector_that_is_away_costs_spans_and_nothing_else(traced):
         began_s = time.monotonic()
         tracing.close(0.2)
         assert time.monotonic() - began_s < 5
+        wait_until(lambda: not exporting(), 30, "the end of its thread")
     assert [each["log_level"] for each in said if "collector" in each["event"]] == ["warning"]
 
 
