@@ -67,12 +67,16 @@ class Receiver(TraceServiceServicer):
 
 
 @contextmanager
-def receiver() -> Iterator[Receiver]:
-    """Listen inside the block."""
+def receiver(certificate: tuple[bytes, bytes] | None = None) -> Iterator[Receiver]:
+    """Listen inside the block; gRPC by TLS with a key and a certificate."""
     found = Receiver()
     server = grpc.server(ThreadPoolExecutor(2))
     add_TraceServiceServicer_to_server(found, server)
-    found.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    if certificate is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([certificate]))
+    found.address = f"127.0.0.1:{port}"
     server.start()
     with ThreadingHTTPServer(("127.0.0.1", 0), _handler(found)) as page:
         found.url = f"http://127.0.0.1:{page.server_port}/v1/traces"

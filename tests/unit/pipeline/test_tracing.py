@@ -11,6 +11,7 @@ import pytest
 import structlog
 from line_process import wait_until
 from otlp_receiver import receiver
+from redis_server import make_certificates
 
 from pipeline.errors import ConfigError
 from pipeline.events import Encoder, Place, decode
@@ -61,7 +62,7 @@ def test_a_part_becomes_a_trace_at_the_collector(traced):
     """By OTLP: the steps from camera to Kafka below one root, in the order and with the lengths of what happened."""
     part = traced()
     with receiver() as collector:
-        tracing = traces(collector.address)
+        tracing = traces(collector.address.replace("127.0.0.1", "localhost"))
         tracing.start()
         context = tracing.of_part(part.part)
         event = Encoder(PLACE, "binary").part(part, decided_at=AT, trace=context)[-1]
@@ -121,6 +122,21 @@ def test_the_context_goes_with_the_verdict(traced, mode):
     for event in Encoder(PLACE, mode).part(traced(), decided_at=AT):
         assert "traceparent" not in decode(event.value, dict(event.headers))["attributes"]
         assert "traceparent" not in dict(event.headers)
+
+
+def test_the_collector_is_known_by_its_certificate(traced, tmp_path):
+    """By TLS with the authority of the line file; one of another authority gets nothing."""
+    made = make_certificates(tmp_path)
+    with receiver((made.server_key.read_bytes(), made.server_crt.read_bytes())) as collector:
+        for authority, came in ((made.other_crt, 0), (made.ca_crt, 6)):
+            settings = TracingSettings(address=collector.address, tls={"ca_file": authority}, share=1)
+            tracing = Tracing(settings, PLACE, Metrics())
+            tracing.start()
+            tracing.stored(traced())
+            tracing.close(10.0 if came else 1.0)
+            assert len(collector.spans) == came
+    with pytest.raises(ConfigError, match=r"tracing\.tls"):
+        Tracing(TracingSettings(address="h:1", tls={"ca_file": tmp_path / "none"}), PLACE, Metrics()).start()
 
 
 def test_a_collector_that_is_away_costs_spans_and_nothing_else(traced):
