@@ -34,6 +34,7 @@ from pipeline.inference import InferenceClient
 from pipeline.manifest import region_doubts
 from pipeline.metrics import LineSnapshot, Metrics
 from pipeline.networks import refusals
+from pipeline.outbox_folder import look
 from pipeline.pool import PoolTopic
 from pipeline.roster import cameras_of
 from pipeline.screen import draw, frame_rates, verdict_line
@@ -133,12 +134,17 @@ def check(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Try everything a run needs, once: the file, the manifests, Triton's signatures, Redis and Kafka."""
+    """Try everything a run needs, once: the file, manifests, the outbox's folder, Triton's signatures, Redis, Kafka."""
     logs.configure(level="error")
     settings = configuration.load(config)
     manifests = read_manifests(settings)
-    doubts = [*region_doubts(settings.cameras, manifests), *refusals(settings.cameras, settings.camera_networks)]
-    done = [f"line file {config}", *(f"manifest {product}" for product in manifests)]
+    outbox = look(settings.outbox)
+    doubts = [
+        *outbox.doubts,
+        *region_doubts(settings.cameras, manifests),
+        *refusals(settings.cameras, settings.camera_networks),
+    ]
+    done = [f"line file {config}", *(f"manifest {product}" for product in manifests), outbox.said]
     client = InferenceClient(settings.triton, manifests, metrics=Metrics(), health=Health())
     try:
         unfit = client.start(optional=manifests.keys() - set(settings.products))
