@@ -289,13 +289,14 @@ def stored(folder: Path) -> Iterator[Record]:
 
     Raises OSError. A record may be given whose acknowledgement is not written yet.
     """
-    descriptors = [os.open(path, os.O_RDONLY) for path in _files(folder)]
+    descriptors: list[int] = []
     try:
-        sizes = [os.fstat(fd).st_size for fd in descriptors]
-        gone = {
-            number for fd, size in zip(descriptors, sizes, strict=True) for number in _content(fd, size).acknowledged
-        }
-        for fd, size in zip(descriptors, sizes, strict=True):
+        for path in _files(folder):
+            with suppress(FileNotFoundError):  # its worker has just removed it: nothing was left in it
+                descriptors.append(os.open(path, os.O_RDONLY))
+        files = [(fd, os.fstat(fd).st_size) for fd in descriptors]
+        gone = {number for fd, size in files for number in _content(fd, size).acknowledged}
+        for fd, size in files:
             for _, record in _records(fd, len(_HEAD), size):
                 if record is not None and record.kind != _ACKNOWLEDGEMENTS and record.number not in gone:
                     yield record

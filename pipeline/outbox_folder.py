@@ -5,11 +5,13 @@ Leaves nothing there, and takes nothing from a worker that uses it. Called by th
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +51,7 @@ def look(settings: Settings) -> Finding:
     try:
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         state = _state(folder, is_there=nearest is folder)
-        free, used = shutil.disk_usage(nearest).free, sum(path.stat().st_size for path in folder.glob("*.outbox"))
+        free, used = shutil.disk_usage(nearest).free, sum(_sizes(folder))
     except OSError as error:
         raise ConfigError(f"outbox.dir {folder}: {error.strerror}", hint=_REMEDY) from None
     try:
@@ -88,6 +90,13 @@ def _state(folder: Path, *, is_there: bool) -> str:
     finally:
         os.close(descriptor)
     return "in use by nobody"
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    """Give the bytes of each file of events. Raises OSError."""
+    for path in folder.glob("*.outbox"):
+        with contextlib.suppress(FileNotFoundError):  # a worker has just removed it
+            yield path.stat().st_size
 
 
 def _write(folder: Path) -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
 from kafka import KafkaProducer
+from line_process import wait_until
+from outbox_process import make
 
 from pipeline.events import Encoder, Event, Place
+from pipeline.outbox import Outbox
+from pipeline.servers import Kafka
 from pipeline.types import Cause, Judgement, MissingView, Part, PartVerdict
 
 pytestmark = pytest.mark.stack
@@ -119,6 +126,52 @@ def test_a_period_is_that_of_the_records(line, stack):
     topics.close()
     code, found, _ = reconcile(line.path, "--from", "65m", "--to", "50m")
     assert (code, found["missing"], [row["due"] for row in found["stations"]]) == (0, [], [1])
+
+
+def test_a_verdict_that_waits_in_the_outbox_is_not_missing(line, stack):
+    """Kafka hung, and the worker ended with verdicts on disk: they are told as such, also while the next worker has the
+    folder. With another folder in the line file they are missing; once delivered, the account closes without them."""
+    address, pid = stack.endpoints["kafka"], stack.pid("kafka")
+    topics = Topics(address, line.name)
+    for number in range(1, 11):
+        topics.trigger(f"part-{number}", number)
+    topics.put(topics.event(1), 1.5)
+    topics.close()
+    kafka = Kafka(bootstrap=[address], startup_timeout_s=60)
+    worker = make(kafka, line.folder / "outbox")
+    worker.start()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        put_durably(worker, [topics.event(number) for number in range(2, 7)])
+        put_durably(worker, [topics.event(number) for number in range(7, 11)])  # behind those that are under way
+        assert worker.close(time.monotonic()).parts == 9
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    code, found, said = reconcile(line.path, "--from", "70m")
+    (row,) = found["stations"]
+    assert (code, row["due"], row["missing"], row["OK"] + row["in outbox"]) == (0, 10, 0, 10), said
+    assert row["in outbox"] >= 4
+    line.settings["outbox"] = {"dir": "elsewhere"}
+    code, found, _ = reconcile(line.write(), "--from", "70m")
+    assert (code, len(found["missing"])) == (5, row["in outbox"])
+    line.settings["outbox"] = {"dir": "outbox"}
+    again = make(kafka, line.folder / "outbox")
+    again.start()
+    code, found, said = reconcile(line.write(), "--from", "70m")
+    (row,) = found["stations"]
+    assert (code, row["missing"], row["OK"] + row["in outbox"]) == (0, 0, 10), said
+    assert again.close(time.monotonic() + 60).parts == 0
+    code, found, said = reconcile(line.path, "--from", "70m")
+    (row,) = found["stations"]
+    assert (code, row["OK"], row["in outbox"], row["missing"]) == (0, 10, 0, 0), said
+
+
+def put_durably(outbox: Outbox, events: list[Event]) -> None:
+    """Put events and wait until the disk has them."""
+    done: list[Event] = []
+    for event in events:
+        outbox.put(replace(event, done=partial(done.append, event)))
+    wait_until(lambda: len(done) == len(events), 60, "the events on disk")
 
 
 def test_a_topic_that_still_grows_ends(line, stack):

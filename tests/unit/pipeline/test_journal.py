@@ -178,8 +178,12 @@ def test_two_workers_cannot_share_a_folder(opened, tmp_path):
 
 
 def test_what_is_stored_can_be_read_while_it_is_written(opened, tmp_path):
-    """Another process reads the unacknowledged records of a folder in use, and takes nothing from it."""
+    """Another process reads the unacknowledged records of a folder in use, and takes nothing from it.
+
+    A file that is removed between listing and opening (here: a link to nothing) is passed over.
+    """
     journal = opened()
+    (tmp_path / "00000000000000000000.outbox").symlink_to(tmp_path / "removed")
     first, _ = journal.append([(1, b"a"), (1, b"b")], AT_MS)
     journal.acknowledge([(first, 1)])
     journal.append([(1, b"c")], AT_MS)
