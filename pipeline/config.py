@@ -195,6 +195,19 @@ class LineConfig(BaseSettings):
             check_views(station, here, pooled=self.pool is not None)
         return self
 
+    @model_validator(mode="after")
+    def _begins_without_kafka(self) -> LineConfig:
+        triggered = [station.name for station in self.stations if station.trigger == "message"]
+        needs = [
+            (self.pool is not None, "a worker with a `pool` has its cameras from Kafka"),
+            (bool(triggered), f"station {', '.join(triggered)} has its triggers from Kafka (`trigger: message`)"),
+            (self.outbox.dir is None, "without `outbox.dir` verdicts have no place to wait"),
+        ]
+        for needed, why in needs:
+            if needed and not self.kafka.required_at_start:
+                raise ValueError(f"kafka.required_at_start: cannot be false: {why}")
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,

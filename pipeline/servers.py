@@ -104,6 +104,10 @@ class Kafka(Block):
     take them. One more is refused and counted as lost."""
     startup_timeout_s: Positive = 10.0
     """How long the start waits for the brokers."""
+    required_at_start: bool = True
+    """Whether a start ends with exit code 4 when Kafka cannot be used. `false`: the worker begins all the same, keeps
+    its verdicts in the outbox, is not ready (`kafka`) and delivers once Kafka is there. Not for a worker with a `pool`,
+    with triggers by message, or without an outbox."""
 
     @model_validator(mode="after")
     def _hides_the_password(self) -> Kafka:

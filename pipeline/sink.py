@@ -77,19 +77,26 @@ class Sink:
         self._fault: tuple[int, BaseException] | None = None
         self._refusing = False
         self._troubled = False
+        self._found = False  # Kafka was there once, and had the topics
+        self._absence = ""
         self._stop = threading.Event()
         self._producer: KafkaProducer | None = None
         self._thread = threading.Thread(target=self._run, name=_STAGE, daemon=True)
 
     def start(self) -> None:
-        """Connect and see that the topics are there. Raises DependencyError naming what is not."""
+        """Connect and see that the topics are there. Raises DependencyError naming what is not.
+
+        Where Kafka is not required at the start, that is a line in the log, and the thread goes on looking for it.
+        """
         try:
-            self._producer = self._connect(self._settings.startup_timeout_s)
-            for kind in ("verdict.v1", "view.v1", "status.v1", "audit.v1", "dlq.v1"):
-                self._require(self._topic(kind))
+            self._find(self._settings.startup_timeout_s)
         except KafkaError as error:
-            self._abandon()
-            raise unreachable(self._settings, error) from None
+            fault = unreachable(self._settings, error)
+            if self._settings.required_at_start:
+                raise fault from None
+            log.error("begins without Kafka: events wait in the outbox", error=str(fault), hint=fault.hint)
+            self._absence = str(error)
+            self._health.ready("kafka", False)
         self._health.beat(_STAGE)
         self._thread.start()
 
@@ -145,13 +152,17 @@ class Sink:
             request_timeout_ms=10_000,
         )
 
-    def _require(self, topic: str) -> None:
-        """See that a topic is there; the library tells a missing one only by not answering."""
-        assert self._producer is not None  # noqa: S101 (set by start)
-        with contextlib.suppress(KafkaTimeoutError):
-            if self._producer.partitions_for(topic):
-                return
-        raise KafkaTimeoutError(f"topic {topic} does not exist, or the brokers do not tell within 2 s")
+    def _find(self, timeout_s: float) -> None:
+        """Connect and see that the topics are there. Raises KafkaError, and then holds no producer."""
+        try:
+            self._producer = producer = self._connect(timeout_s)
+            for kind in ("verdict.v1", "view.v1", "status.v1", "audit.v1", "dlq.v1"):
+                _require(producer, self._topic(kind))
+        except KafkaError:
+            self._abandon()
+            raise
+        self._found = True
+        self._health.ready("kafka", True)
 
     # Publisher thread
 
@@ -169,7 +180,7 @@ class Sink:
         with self._changed:
             fault = self._fault
             held_back = bool(self._alone and self._sent)
-            if fault is None and (held_back or not self._waiting):
+            if fault is None and self._found and (held_back or not self._waiting):
                 self._changed.wait(0.5)
                 return
         if fault is not None:
@@ -221,8 +232,15 @@ class Sink:
 
     def _reconnect(self) -> None:
         try:
-            self._producer = self._connect(_MAX_BLOCK_MS / 1e3)
-        except KafkaError:
+            if self._found:
+                self._producer = self._connect(_MAX_BLOCK_MS / 1e3)
+                return
+            self._find(_MAX_BLOCK_MS / 1e3)
+            log.info("Kafka is there: what waited in the outbox goes out")
+        except KafkaError as error:
+            if not self._found and str(error) != self._absence:  # it is there now, and something else is wrong
+                self._absence = str(error)
+                log.error("Kafka cannot be used yet", error=self._absence)
             self._stop.wait(_PAUSE_S)
 
     def _bury(self, error: BaseException) -> None:
@@ -292,6 +310,14 @@ class Sink:
         producer._sender.force_close()  # as above
         with contextlib.suppress(KafkaError):
             producer.close(timeout=1)
+
+
+def _require(producer: KafkaProducer, topic: str) -> None:
+    """See that a topic is there; the library tells a missing one only by not answering. Raises KafkaError."""
+    with contextlib.suppress(KafkaTimeoutError):
+        if producer.partitions_for(topic):
+            return
+    raise KafkaTimeoutError(f"topic {topic} does not exist, or the brokers do not tell within 2 s")
 
 
 def _tell(events: Iterable[Event]) -> None:

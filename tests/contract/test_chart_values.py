@@ -76,6 +76,16 @@ def paths_in(node: object, key: str = "") -> list[str]:
     return [str(node)] if key.endswith("_file") or key in {"dir", "snapshot", "models_repo", "path"} else []
 
 
+def test_a_worker_may_begin_without_kafka():
+    """`required_at_start: false` reaches the line file of a pool that is not shared; by default Kafka is required."""
+    camera = {"id": "c", "type": "usb", "product": "p", "device": "/dev/video0"}
+    pools = [{"name": "a", "shared": False, "cameras": [camera]}]
+    for given, expected in (({}, None), ({"required_at_start": False}, False)):
+        manifests = render(overrides={"pools": pools, "config": {"kafka": given}})
+        line = yaml.safe_load(one(manifests, "ConfigMap", "t-logicrd-a")["data"]["line.yaml"])
+        assert line["kafka"].get("required_at_start") is expected
+
+
 @pytest.mark.parametrize("values", CI_VALUES)
 def test_commands_are_those_of_the_line(values):
     """Each container's command and every option of it is known; values are left to the command itself."""
@@ -170,6 +180,11 @@ def test_large_numbers_stay_numbers():
         ("pools: [{name: a, cameras: [{id: c, type: usb, product: p, device: /dev/video0},"
          " {id: c, type: usb, product: p, device: /dev/video1}]}]", 'two cameras are called "c"'),
         ("{strimzi: {enabled: true}}", "kafka.bootstrap and strimzi.enabled"),
+        ("config: {kafka: {required_at_start: false}}", "is shared: its workers have their cameras from Kafka"),
+        ("{config: {kafka: {required_at_start: false}}, pools: [{name: a, shared: false,"
+         " stations: [{name: s, trigger: message}],"
+         " cameras: [{id: c, type: usb, product: p, device: /dev/video0, station: s}]}]}",
+         'station "s" triggers by message'),
         # What the schema knows.
         ("worker: {replicas: 3}", "additional properties 'replicas' not allowed"),
         ("config: {budget: 3}", "additional properties 'budget' not allowed"),

@@ -115,6 +115,19 @@ Values that the schema cannot judge: each wrong one ends the render with a sente
 {{- if and $triton.tls.enabled (not $triton.tls.existingSecret) -}}
 {{- fail "triton.tls.existingSecret is empty: name the secret with Triton's certificate, or send pictures in plain text by triton.tls.enabled=false" -}}
 {{- end -}}
+{{- if eq (toString .Values.config.kafka.required_at_start) "false" -}}
+{{- range .Values.pools -}}
+{{- $pool := include "logicrd.pool" . | fromJson -}}
+{{- if $pool.shared -}}
+{{- fail (printf "config.kafka.required_at_start is false and pool %q is shared: its workers have their cameras from Kafka. Say shared: false, or leave it true" $pool.name) -}}
+{{- end -}}
+{{- range $pool.stations -}}
+{{- if eq (.trigger | default "") "message" -}}
+{{- fail (printf "config.kafka.required_at_start is false and station %q triggers by message, from Kafka: choose another trigger, or leave it true" .name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- if and (not .Values.strimzi.enabled) (not .Values.kafka.bootstrap) -}}
 {{- fail "kafka.bootstrap is empty: give the brokers, or let Strimzi make them by strimzi.enabled=true" -}}
 {{- end -}}

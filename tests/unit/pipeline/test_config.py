@@ -37,6 +37,12 @@ RTSP = {"id": "c1", "type": "rtsp", "product": "tray", "url": "rtsp://127.0.0.1:
             ["kafka:", "set `tls`"],
         ),
         ({"kafka": {"tls": {"key_file": "a"}}}, ["kafka.tls:", "go together"]),
+        ({"kafka": {"required_at_start": False}, "pool": {}}, ["required_at_start", "a worker with a `pool`"]),
+        ({"kafka": {"required_at_start": False}, "outbox": {"dir": None}}, ["required_at_start", "`outbox.dir`"]),
+        (
+            {"kafka": {"required_at_start": False}, "stations": [station_of() | {"trigger": "message"}]},
+            ["required_at_start", "station-1", "`trigger: message`"],
+        ),
         ({"kafka": {"tls": {"verify": False}}}, ["kafka.tls.verify: unknown key"]),
         ({"cameras": [CAMERA | {"ovrflow": "wait"}]}, ["cameras[0].ovrflow: unknown key", "`overflow`"]),
         ({"cameras": [RTSP | {"pasword_file": "x"}]}, ["cameras[0].pasword_file: unknown key", "`password_file`"]),

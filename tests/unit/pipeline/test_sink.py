@@ -21,13 +21,18 @@ def metrics():
 
 
 @pytest.fixture
-def make_sink(metrics):
+def health():
+    return Health()
+
+
+@pytest.fixture
+def make_sink(metrics, health):
     """Give a sink whose broker refuses every connection; keywords are its settings."""
 
     def make(**settings):
         values = {"bootstrap": ["127.0.0.1:9"], "startup_timeout_s": 0.05} | settings
         encoder = Encoder(Place("site", "area", "l1", "w1", 1000.0), "binary")
-        return Sink(KafkaSettings(**values), encoder=encoder, metrics=metrics, health=Health())
+        return Sink(KafkaSettings(**values), encoder=encoder, metrics=metrics, health=health)
 
     return make
 
@@ -39,6 +44,17 @@ def test_a_broker_that_is_not_there_is_named(make_sink):
     with pytest.raises(DependencyError, match=r"127\.0\.0\.1:9") as caught:
         make_sink().start()
     assert "kafka.bootstrap" in caught.value.hint
+
+
+@pytest.mark.usefixtures("failed_start")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_broker_that_may_be_away_holds_no_start_up(make_sink, health):
+    """Where Kafka is not required at the start, readiness waits for it; what was put is given back at the end."""
+    sink = make_sink(required_at_start=False)
+    sink.start()
+    assert health.missing() == ["kafka"]
+    sink.put(PART)
+    assert sink.close(time.monotonic() + 0.1) == [PART]
 
 
 def test_events_beyond_the_bound_are_refused_and_counted(make_sink, metrics):
