@@ -65,6 +65,7 @@ bench: ## measure the line and the served model against the limit of this machin
 images: ## run the images' steps in a clean Debian root (as root), and list what they install in build/sbom (CycloneDX)
 	@$(SETUP) line
 	.venv/bin/python deploy/docker/rehearse.py --target worker --max-mb 400 deploy/docker/worker.Dockerfile -- --help
+	.venv/bin/python deploy/docker/rehearse.py --target worker-genicam deploy/docker/worker.Dockerfile -- --help
 	.venv/bin/python deploy/docker/rehearse.py --target training deploy/docker/training.Dockerfile -- --help
 	mkdir -p build/sbom
 	for image in pipeline training triton-image; do .venv/bin/cyclonedx-py requirements requirements/$$image.txt \

@@ -61,7 +61,7 @@ def look(settings: Settings) -> Finding:
             raise ConfigError(f"outbox.dir {folder}: cannot be made: {error.strerror}", hint=_REMEDY) from None
         words = f"outbox.dir {folder}: cannot be written: {error.strerror}: no verdict would be OK"
         raise CheckError(words, hint="make room, or give the worker's user the right to write there") from None
-    system = file_system(nearest.resolve(), _MOUNTS.read_text())
+    system = file_system(nearest.resolve(), _MOUNTS.read_text()) or "unknown file system"
     said = f"outbox {folder}: {state}, holds {used // _MB} of {settings.max_mb} MB, {free // _MB} MB free ({system})"
     return Finding(said, tuple(_doubts(settings, system, free + used)))
 

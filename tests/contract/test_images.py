@@ -1,5 +1,6 @@
 """The images' recipes and compose.yaml, read where nothing can build them: pinned, not root, and naming what exists."""
 
+import importlib.util
 import io
 import json
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 import redis
 import yaml
@@ -85,6 +87,19 @@ class TestRecipe:
             assert kind != "ADD"
             if kind in {"ARG", "ENV"}:
                 assert not re.search(r"(?i)password|secret|token|api_?key", value)
+
+
+def test_the_worker_can_share_the_libraries_of_its_wheels():
+    """What `slim.py` replaces by links is of one version in the wheels of the lock: a lock that differs shows here."""
+    spec = importlib.util.spec_from_file_location("slim", DOCKER / "slim.py")
+    slim = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(slim)
+    packages = Path(cv2.__file__).parents[1]
+    for name, owner in slim.KEPT.items():
+        ours, other = (slim.only(packages / each, name) for each in ("opencv_python_headless.libs", owner))
+        assert slim.version(ours) == slim.version(other), name
+    for name in slim.ENCODERS:
+        slim.only(packages / "av.libs", name)
 
 
 def test_torch_is_in_the_training_image_only():
