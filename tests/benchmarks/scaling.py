@@ -1,6 +1,7 @@
 """Shows how the line scales from 4 to 1000 cameras, on 1, 2 and 4 Triton servers and with an autoscaler.
 
-MEASURED: the time that one server needs for a batch, read from what `logicrd bench serving --json` printed.
+MEASURED: the time that one server needs for a batch, read from what `logicrd bench serving --json` printed; and with
+`--triton ADDRESS`, once a server that runs, throughput and p99 of 1, 2 and 4 real ones that are kept busy.
 MODELLED: everything else, by the queue of `pipeline.capacity`: throughput, p99, frames too late, and what an autoscaler
 that follows the mean wait per frame does when a shift starts (a step from 10 % to 100 % of the load). Servers share no
 processor in the model. Prices come from the caller: `--server NAME=PRICE_PER_HOUR=FILE`, once a kind of machine on
@@ -16,9 +17,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import scaling_servers
+from serving import machine
+
+from pipeline import logs
 from pipeline.capacity import Load, Outcome, Service, replicas_for, simulate
 from pipeline.cli_plan import service_of
+from pipeline.errors import LineError
+from pipeline.manifest import read_manifest
 
+ROOT = Path(__file__).resolve().parents[2]
 CAMERAS = (4, 16, 64, 256, 1000)
 SERVERS = (1, 2, 4)
 SHIFT_START_S = 120.0
@@ -66,6 +74,14 @@ class Autoscaler:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Build the document from the figures of every kind of server."""
     document: dict[str, Any] = {"modelled": "pipeline.capacity", "rate_hz": arguments.rate, "servers": {}}
+    if arguments.triton:
+        counts = [count for count in SERVERS if count <= len(arguments.triton)]
+        manifest = read_manifest(arguments.models, arguments.product)
+        document["real_servers"] = {
+            "machine": machine(),
+            "product": arguments.product,
+            "measured": scaling_servers.measure(arguments.triton, counts, manifest, arguments.seconds),
+        }
     for name, price, path in arguments.server:
         measured = json.loads(path.read_text())
         service = service_of(measured)
@@ -134,6 +150,10 @@ def _server(text: str) -> tuple[str, float, Path]:
 
 
 def _print(document: dict[str, Any]) -> None:
+    if real := document.get("real_servers"):
+        print(f"real servers, kept busy: measured on {real['machine']['cores']} cores, {real['machine']['cpu']}")
+        for row in real["measured"]:
+            print("    " + "  ".join(f"{key} {value}" for key, value in row.items()))
     for name, found in document["servers"].items():
         measured = found["measured"]
         machine = measured["machine"]
@@ -155,10 +175,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rate", type=float, default=1.0, help="parts a second and camera")
     parser.add_argument("--budget-ms", type=float, default=2000.0)
     parser.add_argument("--startup-s", type=float, default=120.0, help="until a new server answers")
+    parser.add_argument(
+        "--triton", action="append", default=[], metavar="ADDRESS", help="measure these real servers too"
+    )
+    parser.add_argument("--models", type=Path, default=ROOT / "models_repo", help="the repository that they serve")
+    parser.add_argument("--product", default="fastener-tray", help="the product that they are asked for")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each count of real servers")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args(argv)
+    logs.configure(level="error")
     try:
         document = measure(arguments)
+    except LineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {error!r}; --server names what `logicrd bench serving --json` wrote", file=sys.stderr)
         return 3
