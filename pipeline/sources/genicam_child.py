@@ -23,7 +23,7 @@ MAX_MESSAGE = 65_536
 ALIVE_EVERY_S = 1.0
 FORMATS = {"Mono8": 1, "BayerRG8": 1, "BayerGR8": 1, "BayerGB8": 1, "BayerBG8": 1, "RGB8": 3}
 Binding = Any  # of GObject: these have no types
-PACKAGES = "apt-get install python3-gi gir1.2-aravis-0.8"
+PACKAGES = "apt-get install python3-gi gir1.2-aravis-0.8; of the images take worker-genicam"
 
 
 class LostError(Exception):
