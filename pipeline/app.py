@@ -1,9 +1,9 @@
 """The composition root: builds the stages of one line, wires them with queues, starts, drains and stops them.
 
 Threads: one reader a camera -> batcher -> one dispatcher -> gRPC's own -> one judge -> one for the outbox -> one
-publisher, one for pictures, one for thresholds, one for heartbeats; one for triggers where a station asks for them, one
-for the log of parts, two with a pool: its cameras, new products. A part is opened when its frame is captured or its
-trigger comes, and gets exactly one verdict. Called by the command line and by tests.
+publisher, one for pictures, one for thresholds, one for heartbeats, one for new versions; one for triggers where a
+station asks for them, one for the log of parts, one with a pool: its cameras. A part is opened when its frame is
+captured or its trigger comes, and gets exactly one verdict. Called by the command line and by tests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.health import Health, HealthPage
 from pipeline.heartbeat import Heartbeat
 from pipeline.inference import InferenceClient
 from pipeline.judge import TICK_S, Judge
-from pipeline.manifest import Manifest, products_in, read_manifest
+from pipeline.manifest import Manifests, products_in, read_manifest
 from pipeline.metrics import LineSnapshot, Metrics
 from pipeline.newcomers import Newcomers
 from pipeline.outbox import Outbox, read_stored
@@ -90,13 +90,20 @@ class Line:
         self._judge = self._make_judge(config, run)
         self._stop_dispatch = threading.Event()
         self.cameras = self._make_readers(config, run)
+        self._newcomers = Newcomers(
+            config.triton.models_repo,
+            self._manifests,
+            self._inference,
+            self._thresholds,
+            new_products=config.pool is not None,
+            metrics=self.metrics,
+        )
         self._heartbeat = self._make_heartbeat(config)
         for camera in config.cameras:
             self.cameras.prepare(camera)
         self._pool: CameraPool | None = None
         if config.pool is not None:
             self._pool = CameraPool(config.kafka, config.pool, self.cameras, metrics=self.metrics, health=self.health)
-        self._newcomers = Newcomers(config.triton.models_repo, self._manifests, self._inference, self._thresholds)
         self._dispatcher = threading.Thread(target=self._dispatch, name="dispatcher", daemon=True)
         self._page: HealthPage | None = None
         self._told: frozenset[str] = frozenset()
@@ -137,7 +144,7 @@ class Line:
         self._triggers.start()
         if self._pool is not None:
             self._pool.start(list(self.cameras.names))
-            self._newcomers.start()
+        self._newcomers.start()
         self._heartbeat.start()
         gc.collect()
         gc.freeze()  # what is here now stays: the collections of the judge look at the frames' garbage only
@@ -281,6 +288,7 @@ class Line:
             self._manifests,
             self._thresholds,
             epoch=lambda: self.cameras.epoch,
+            refused=self._newcomers.fault,
             encoder=self._encoder,
             put=self._outbox.put,
             metrics=self.metrics,
@@ -359,7 +367,7 @@ def stored_inspections(folder: Path | None) -> frozenset[str]:
     return frozenset(str(decode(part.value, dict(part.headers))["attributes"]["id"]) for part in parts)
 
 
-def read_manifests(config: LineConfig) -> dict[str, Manifest]:
+def read_manifests(config: LineConfig) -> Manifests:
     """Read the manifest of every product that the line may have to judge; with a pool, of all that are there.
 
     Raises ConfigError for those of the line file; of the others, one that cannot be read is left out.
@@ -368,7 +376,7 @@ def read_manifests(config: LineConfig) -> dict[str, Manifest]:
     must agree on that size.
     """
     repository = config.triton.models_repo
-    manifests = {product: read_manifest(repository, product) for product in config.products}
+    manifests = Manifests({product: read_manifest(repository, product) for product in config.products})
     for product in products_in(repository) if config.pool is not None else ():
         try:
             manifests.setdefault(product, read_manifest(repository, product))

@@ -161,4 +161,11 @@ def fault_of(status: str, words: str) -> Fault:
         return Fault.LATE
     if any(busy in words.lower() for busy in _BUSY):
         return Fault.BUSY
+    if is_unknown(words):  # a model that was unloaded may have the status of a lost server
+        return Fault.SICK
     return Fault.GONE if status in ("UNAVAILABLE", "CANCELLED") else Fault.SICK
+
+
+def is_unknown(words: str) -> bool:
+    """Whether Triton's words say that it does not serve what it was asked for."""
+    return "unknown model" in words.lower()

@@ -10,7 +10,6 @@ import queue
 import re
 import threading
 from collections import deque
-from collections.abc import Mapping
 from pathlib import Path
 from zlib import crc32
 
@@ -21,7 +20,7 @@ import structlog
 from pipeline.config import Evidence as EvidenceSettings
 from pipeline.health import Health
 from pipeline.heatmap import overlay
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifests
 from pipeline.region import upright_size
 from pipeline.types import Image, Inference, Judgement, View, ViewVerdict
 
@@ -36,7 +35,7 @@ log = structlog.get_logger(__name__)
 class Evidence:
     """The picture store; `keep` from one thread, never blocking."""
 
-    def __init__(self, settings: EvidenceSettings, manifests: Mapping[str, Manifest], health: Health) -> None:
+    def __init__(self, settings: EvidenceSettings, manifests: Manifests, health: Health) -> None:
         self._settings = settings
         self._manifests = manifests
         self._health = health
@@ -125,8 +124,9 @@ class Evidence:
 
     def _panel(self, image: Image, inference: Inference, title: str) -> Image:
         """Put what the model saw, its heat map and one line of text side by side, in the camera's proportions."""
-        scale = self._manifests[inference.frame.product].calibration.heatmap
-        heat = image if inference.anomaly_map is None else overlay(image, inference.anomaly_map, scale)
+        manifest, heat = self._manifests.of(inference.frame.product, inference.model), image
+        if inference.anomaly_map is not None and manifest is not None:
+            heat = overlay(image, inference.anomaly_map, manifest.calibration.heatmap)
         width, height = _panel_size(inference.frame.view)
         pair = [cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR) for part in (image, heat)]
         shown = np.concatenate(pair, axis=1)

@@ -37,6 +37,7 @@ class Heartbeat:
         thresholds: ThresholdCache,
         *,
         epoch: Callable[[], int | None],
+        refused: Callable[[str], str],
         encoder: Encoder,
         put: Callable[[Event], None],
         metrics: Metrics,
@@ -46,6 +47,7 @@ class Heartbeat:
         self._manifests = manifests
         self._thresholds = thresholds
         self._epoch = epoch
+        self._refused = refused
         self._encoder = encoder
         self._put = put
         self._metrics = metrics
@@ -117,6 +119,7 @@ class Heartbeat:
                     sha256=manifest.model_sha256,
                     threshold_version=None if (limit := limits[product]) is None else limit.version,
                     threshold_source=None if limit is None else limit.source.value,
+                    refused=self._refused(product),
                 )
                 for product, manifest in self._manifests.items()
             ],

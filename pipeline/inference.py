@@ -2,13 +2,16 @@
 
 Knows the ensemble's tensor names. A batch gives one `Inference` a frame, whatever happens: scores, or the cause why
 there are none. A batch whose replica is gone, busy or faulty is tried once more, on another one, while the deadline
-allows. Never judges, and never blocks the caller beyond handing the request to gRPC.
+allows. No answer of another version than the manifest's is taken: once `logicrd models promote` has given a product's
+name to another one, its own is asked for by a name of its own. Never judges, and never blocks the caller beyond handing
+the request to gRPC.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,9 +21,9 @@ from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedO
 from tritonclient.utils import InferenceServerException
 
 from pipeline import replicas
-from pipeline.balance import Fault, Finding, Replica, fault_of
+from pipeline.balance import Fault, Finding, Replica, fault_of, is_unknown
 from pipeline.health import Health
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifest, ensemble_of
 from pipeline.metrics import Metrics
 from pipeline.replicas import ReplicaPool, Resolve
 from pipeline.servers import Triton as TritonSettings
@@ -38,6 +41,15 @@ Done = Callable[[list[Inference]], None]
 log = structlog.get_logger(__name__)
 
 
+@dataclass(slots=True, eq=False)
+class _Version:
+    """A version of a product, and the name of the ensemble that serves it now."""
+
+    manifest: Manifest
+    ensemble: str
+    model: Model
+
+
 class InferenceClient:
     """The replicas of one Triton service; `submit` from one thread, answers on gRPC's threads."""
 
@@ -51,15 +63,11 @@ class InferenceClient:
         resolve: Resolve = replicas.resolve,
     ) -> None:
         self._settings = settings
-        self._manifests = dict(manifests)
+        self._versions = {name: _version(manifest) for name, manifest in manifests.items()}
         # Of the start: products that a replica may lack, those that one has, and what is wrong with the others.
         self._optional: frozenset[str] = frozenset()
         self._served: set[str] = set()
         self._faults: dict[str, str] = {}
-        self._models = {
-            name: Model(manifest.product, str(manifest.version), manifest.model_sha256)
-            for name, manifest in manifests.items()
-        }
         self._outputs = [InferRequestedOutput(name) for name in OUTPUTS]
         self._health = health
         self._pool = ReplicaPool(settings, self._probe, metrics=metrics, health=health, resolve=resolve)
@@ -77,30 +85,26 @@ class InferenceClient:
         lacking = sorted(self._optional - self._served)
         for product in lacking:
             log.error("product left out", product=product, error=self._faults.get(product, "not served"))
-        self._manifests = {name: manifest for name, manifest in self._manifests.items() if name not in lacking}
+        self._versions = {name: version for name, version in self._versions.items() if name not in lacking}
         self._optional = frozenset()
         if optional:  # one that was asked before another showed what it serves has to show the same
             self._pool.probe_again()
         return lacking
 
-    def learn(self, manifest: Manifest) -> str:
-        """Take one more product, once every replica in use serves it and has judged a black picture of it.
-
-        Gives why that is not so, '' when the product is taken; from then on every replica has to serve it. Blocks for
-        the probes.
-        """
-        in_use = self._pool.in_use()
+    def check(self, manifest: Manifest) -> str:
+        """Say why a version cannot be taken, '' when every replica in use serves it and has judged a black picture of
+        it. Blocks for the probes."""
+        in_use, version = self._pool.in_use(), _version(manifest)
         for replica, client in in_use:
             for look in (self._signature, self._canary):
-                finding, words = look(client, manifest)
+                finding, words = look(client, version)
                 if finding is not Finding.GOOD:
                     return f"Triton at {replica.address}: {words}"
-        if not in_use:
-            return "no replica of Triton is in use"
-        model = Model(manifest.product, str(manifest.version), manifest.model_sha256)
-        self._models = {**self._models, manifest.product: model}
-        self._manifests = {**self._manifests, manifest.product: manifest}
-        return ""
+        return "" if in_use else "no replica of Triton is in use"
+
+    def take(self, manifest: Manifest) -> None:
+        """Send a product's batches to this version from now on; every replica has to serve it."""
+        self._versions = {**self._versions, manifest.product: _version(manifest)}
 
     def require_all(self) -> list[str]:
         """Give the address of every replica; raises as `start` does when one of them is not good."""
@@ -120,9 +124,11 @@ class InferenceClient:
         The call's deadline is that of the youngest frame; an older one is given up by whoever watches deadlines.
         """
         tensor = _input(np.stack([frame.image for frame in batch.frames if frame.image is not None]))
-        self._send(batch, tensor, done)
+        self._send(batch, self._versions[batch.product], tensor, done)
 
-    def _send(self, batch: Batch, tensor: InferInput, done: Done, failed: Replica | None = None) -> None:
+    def _send(
+        self, batch: Batch, version: _Version, tensor: InferInput, done: Done, failed: Replica | None = None
+    ) -> None:
         """Send a batch to the next replica; `failed` is the one that did not answer the first time."""
         sent_s = time.monotonic()
         remaining_s = max(frame.deadline_s for frame in batch.frames) - sent_s
@@ -133,20 +139,24 @@ class InferenceClient:
             done([Inference(frame, cause=Cause.TRITON_UNAVAILABLE) for frame in batch.frames])
             return
         replica, client = taken
+        ensemble = version.ensemble
 
         def answered(result: InferResult | None, error: InferenceServerException | None) -> None:
-            inferences, fault, words = self._read(batch, result, error, sent_s)
-            again = self._pool.give_back(replica, fault, words, first_try=failed is None)
+            inferences, fault, words = self._read(batch, version, result, error, sent_s)
+            moved = failed is None and fault is Fault.SICK and self._moved(version, ensemble, result, words)
+            again = self._pool.give_back(replica, None if moved else fault, words, first_try=failed is None) or moved
             if fault is not None:
-                log.debug("inference failed", product=batch.product, replica=replica.address, error=words)
+                mismatch = result is not None and not again
+                tell = log.error if mismatch else log.debug
+                tell("inference failed", product=batch.product, replica=replica.address, error=words)
             if again:
-                self._send(batch, tensor, done, failed=replica)
+                self._send(batch, version, tensor, done, failed=replica)
             else:
                 done(inferences)
 
         try:
             client.async_infer(
-                batch.product,
+                ensemble,
                 [tensor],
                 answered,
                 outputs=self._outputs,
@@ -160,7 +170,12 @@ class InferenceClient:
             done([Inference(frame, cause=Cause.TRITON_UNAVAILABLE, sent_s=sent_s) for frame in batch.frames])
 
     def _read(
-        self, batch: Batch, result: InferResult | None, error: InferenceServerException | None, sent_s: float
+        self,
+        batch: Batch,
+        version: _Version,
+        result: InferResult | None,
+        error: InferenceServerException | None,
+        sent_s: float,
     ) -> tuple[list[Inference], Fault | None, str]:
         """Turn an answer into inferences, and say what is wrong with it."""
         if result is None or error is not None:
@@ -168,27 +183,25 @@ class InferenceClient:
             fault = Fault.SICK if error is None else fault_of(_status(error), words)
             cause = Cause.DEADLINE if fault is Fault.LATE else Cause.TRITON_UNAVAILABLE
             return [Inference(frame, cause=cause, sent_s=sent_s) for frame in batch.frames], fault, words
-        if mismatch := self._mismatch(batch, result):
-            log.error("answer of another model than the manifest's", product=batch.product, error=mismatch)
+        if mismatch := _mismatch(version.manifest, len(batch.frames), result):
             inferences = [Inference(frame, cause=Cause.MODEL_MISMATCH, sent_s=sent_s) for frame in batch.frames]
             return inferences, Fault.SICK, mismatch
-        return self._scores(batch, result, sent_s), None, ""
+        return self._scores(batch, version, result, sent_s), None, ""
 
-    def _mismatch(self, batch: Batch, result: InferResult) -> str:
-        """Compare an answer's version and shapes with the manifest's; '' when they fit.
+    def _moved(self, version: _Version, asked: str, result: InferResult | None, words: str) -> bool:
+        """Whether the ensemble that was asked serves another version now, or none; then the other name is asked from
+        here on: a promotion leaves the version before under a name of its own."""
+        manifest = version.manifest
+        answers = None if result is None else result.get_response().model_version
+        if answers == str(manifest.version) or (answers is None and not is_unknown(words)):
+            return False
+        other = manifest.product if asked != manifest.product else ensemble_of(manifest.product, manifest.version)
+        if version.ensemble == asked:
+            version.ensemble = other
+            log.debug("version asked for by another name", version=manifest.version, ensemble=other, was=asked)
+        return True
 
-        A replica that was started anew behind the same address may serve another version from one batch to the next.
-        """
-        manifest = self._manifests[batch.product]
-        version, count = result.get_response().model_version, len(batch.frames)
-        if version != str(manifest.version):
-            return f"version {version} answers, not {manifest.version}"
-        shapes = [_tensor(result, name).shape for name in OUTPUTS]
-        if shapes != [(count, 1)] * 3 + [(count, *manifest.map_shape)]:
-            return f"tensors of the shapes {shapes}"
-        return ""
-
-    def _scores(self, batch: Batch, result: InferResult, sent_s: float) -> list[Inference]:
+    def _scores(self, batch: Batch, version: _Version, result: InferResult, sent_s: float) -> list[Inference]:
         received_s = time.monotonic()
         score, map_score, distance, anomaly_map = (_tensor(result, name) for name in OUTPUTS)
         request = _request(batch)
@@ -197,7 +210,7 @@ class InferenceClient:
                 frame,
                 scores=Scores(float(score[i, 0]), float(map_score[i, 0]), float(distance[i, 0])),
                 anomaly_map=anomaly_map[i],
-                model=self._models[batch.product],
+                model=version.model,
                 sent_s=sent_s,
                 received_s=received_s,
                 request=request,
@@ -208,13 +221,13 @@ class InferenceClient:
     def _probe(self, client: InferenceServerClient) -> tuple[Finding, str]:
         """Say whether a replica is ready, serves what the manifests say, and answers: a server whose backend process
         has died still calls itself ready. A good one is warm afterwards."""
-        manifests, lacking = self._manifests, set[str]()
+        versions, lacking = self._versions, set[str]()
         if (finding := _readiness(client))[0] is not Finding.GOOD:
             return finding
         for look in (self._signature, self._canary):
-            for product in [name for name in manifests if name not in lacking]:
+            for product in [name for name in versions if name not in lacking]:
                 self._health.beat(replicas.PROBES)  # each look is bounded in time, the sum of them is not
-                finding = look(client, manifests[product])
+                finding = look(client, versions[product])
                 if finding[0] in (Finding.FAILED, Finding.REFUSED) and product in self._optional - self._served:
                     lacking.add(product)
                     self._faults[product] = finding[1]
@@ -222,34 +235,44 @@ class InferenceClient:
                     return finding
         if lacking and (finding := _readiness(client))[0] is not Finding.GOOD:  # it died meanwhile: it lacks nothing
             return finding
-        self._served |= manifests.keys() - lacking
+        self._served |= versions.keys() - lacking
         return Finding.GOOD, ""
 
-    def _signature(self, client: InferenceServerClient, manifest: Manifest) -> tuple[Finding, str]:
+    def _signature(self, client: InferenceServerClient, version: _Version) -> tuple[Finding, str]:
+        """Find the ensemble of a version: that of the product, or where it serves another one, the version's own."""
+        manifest = version.manifest
+        finding, words, other = self._signature_at(client, manifest, manifest.product)
+        ensemble = manifest.product
+        if other:
+            ensemble = ensemble_of(manifest.product, manifest.version)
+            if self._signature_at(client, manifest, ensemble)[0] is Finding.GOOD:
+                finding, words = Finding.GOOD, ""
+        if finding is Finding.GOOD:
+            version.ensemble = ensemble
+        return finding, words
+
+    def _signature_at(
+        self, client: InferenceServerClient, manifest: Manifest, ensemble: str
+    ) -> tuple[Finding, str, bool]:
+        """Compare an ensemble with a manifest; says as well whether it may be another version's, or none."""
+        product = manifest.product
         try:
-            faults = self._signature_faults(client, manifest)
+            metadata = client.get_model_metadata(ensemble, as_json=True, client_timeout=_METADATA_TIMEOUT_S)
         except (InferenceServerException, ValueError) as error:  # ValueError: the channel is closed
-            return Finding.FAILED, _words(error) or "does not answer"
-        if faults:
-            words = f"product {manifest.product!r}: its signature is not the manifest's: {'; '.join(faults)}"
-            return Finding.REFUSED, words
-        return Finding.GOOD, ""
-
-    def _signature_faults(self, client: InferenceServerClient, manifest: Manifest) -> list[str]:
-        try:
-            metadata = client.get_model_metadata(manifest.product, as_json=True, client_timeout=_METADATA_TIMEOUT_S)
-        except InferenceServerException as error:
             remedy = f"let it serve {self._settings.models_repo}"
-            raise InferenceServerException(
-                f"does not serve product {manifest.product!r} ({error.message()}): {remedy}"
-            ) from None
-        return signature_faults(metadata, manifest)
+            words = f"does not serve product {product!r} ({_words(error) or 'does not answer'}): {remedy}"
+            return Finding.FAILED, words, is_unknown(words)
+        if faults := signature_faults(metadata, manifest):
+            words = f"product {product!r}: its signature is not the manifest's: {'; '.join(faults)}"
+            return Finding.REFUSED, words, True
+        return Finding.GOOD, "", False
 
-    def _canary(self, client: InferenceServerClient, manifest: Manifest) -> tuple[Finding, str]:
+    def _canary(self, client: InferenceServerClient, version: _Version) -> tuple[Finding, str]:
         """Let a replica judge a black picture; one that is only late or full is not at fault."""
+        manifest = version.manifest
         picture = np.zeros((1, manifest.input.height, manifest.input.width, 3), np.uint8)
         try:
-            client.infer(manifest.product, [_input(picture)], outputs=self._outputs, client_timeout=_CANARY_TIMEOUT_S)
+            client.infer(version.ensemble, [_input(picture)], outputs=self._outputs, client_timeout=_CANARY_TIMEOUT_S)
         except (InferenceServerException, ValueError) as error:
             words = f"a black picture of product {manifest.product!r} failed: {_words(error)}"
             known = isinstance(error, InferenceServerException)
@@ -291,6 +314,25 @@ def signature_faults(metadata: Mapping[str, Any], manifest: Manifest) -> list[st
     if (versions := metadata.get("versions")) and str(manifest.version) not in versions:
         faults.append(f"version {', '.join(versions)} is loaded, not {manifest.version}")
     return faults
+
+
+def _version(manifest: Manifest) -> _Version:
+    model = Model(manifest.product, str(manifest.version), manifest.model_sha256)
+    return _Version(manifest, manifest.product, model)
+
+
+def _mismatch(manifest: Manifest, count: int, result: InferResult) -> str:
+    """Compare an answer's version and shapes with the manifest's; '' when they fit.
+
+    A replica that was started anew behind the same address may serve another version from one batch to the next.
+    """
+    version = result.get_response().model_version
+    if version != str(manifest.version):
+        return f"version {version} answers, not {manifest.version}"
+    shapes = [_tensor(result, name).shape for name in OUTPUTS]
+    if shapes != [(count, 1)] * 3 + [(count, *manifest.map_shape)]:
+        return f"tensors of the shapes {shapes}"
+    return ""
 
 
 def _tensor(result: InferResult, name: str) -> npt.NDArray[np.float32]:

@@ -12,7 +12,7 @@ import gc
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -23,7 +23,7 @@ from pipeline.events import Encoder, Event
 from pipeline.evidence import Evidence
 from pipeline.fusion import unstored
 from pipeline.health import Health
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifests
 from pipeline.metrics import Metrics
 from pipeline.outbox import Outbox
 from pipeline.part_log import PartLog
@@ -60,7 +60,7 @@ class Judge:
     def __init__(
         self,
         parts: Parts,
-        manifests: Mapping[str, Manifest],
+        manifests: Manifests,
         thresholds: ThresholdCache,
         *,
         evidence: Evidence,
@@ -241,9 +241,9 @@ class Judge:
         if part is None:
             self._audit([Stray(frame, StrayReason.LATE_RESULT, scores=inference.scores)])
             return
-        manifest = self._manifests.get(frame.product)
+        manifest = self._manifests.of(frame.product, inference.model)
         calibration = manifest.calibration if manifest is not None else None
-        verdict = decide(inference, self._thresholds.get(frame.product), calibration)
+        verdict = decide(inference, self._thresholds.get(frame.product, inference.model), calibration)
         anomaly_map = inference.anomaly_map
         view = ViewVerdict(
             frame=frame,

@@ -1,8 +1,8 @@
 """The manifest beside an exported ensemble: what the network is, and the numbers that belong to it.
 
-Read once at start from the model repository. It says which tensors Triton has to offer, which thresholds were suggested
-by the validation normals, on which scale a heat map is drawn, and which part of a camera's picture the network saw.
-Written by the training room; never by the line.
+Read from the model repository at start, and again when another version is promoted. It says which tensors Triton has to
+offer, which thresholds were suggested by the validation normals, on which scale a heat map is drawn, and which part of
+a camera's picture the network saw. Written by the training room; never by the line.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pipeline.cameras import Camera
 from pipeline.errors import ConfigError
 from pipeline.region import RegionOfInterest
-from pipeline.types import Threshold, ThresholdSource
+from pipeline.types import Model, Threshold, ThresholdSource
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -111,6 +111,43 @@ class Manifest(_Part):
         """The thresholds that hold as long as nobody has set others."""
         limits = self.calibration.thresholds
         return Threshold(limits.ng, limits.review, 0, ThresholdSource.MANIFEST, self.model_sha256)
+
+
+class Manifests(dict[str, Manifest]):
+    """The version in force of each product; beside them other versions whose answers may still come.
+
+    Written by one thread at a time, read by all: each change is one assignment.
+    """
+
+    def __init__(self, manifests: Mapping[str, Manifest]) -> None:
+        super().__init__(manifests)
+        self._beside: dict[tuple[str, str], Manifest] = {}
+
+    def of(self, product: str, model: Model | None) -> Manifest | None:
+        """Give the manifest of the network that gave a score; without one, that of the version in force."""
+        manifest = self.get(product)
+        if model is None or (manifest is not None and manifest.model_sha256 == model.sha256):
+            return manifest
+        return self._beside.get((product, model.sha256))
+
+    def keep(self, product: str, *versions: Manifest | None) -> None:
+        """Let these be all the versions of a product that are known beside the one in force."""
+        kept = {(product, version.model_sha256): version for version in versions if version is not None}
+        self._beside = {key: version for key, version in self._beside.items() if key[0] != product} | kept
+
+
+def ensemble_of(product: str, version: int) -> str:
+    """Name the ensemble that serves this version, whichever `product` itself serves; `logicrd models` makes it."""
+    return f"{product}.v{version}"
+
+
+def other_pictures(manifest: Manifest, other: Manifest) -> str:
+    """Say in which way two versions ask for other pictures; '' when a frame made for one can be judged by the other.
+
+    A frame is brought to a model's size and region before anyone knows which version will judge it.
+    """
+    names = ("input", "region", "preprocessing")
+    return ", ".join(name for name in names if getattr(manifest, name) != getattr(other, name))
 
 
 def read_manifest(models_repo: Path, product: str) -> Manifest:

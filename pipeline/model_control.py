@@ -24,7 +24,7 @@ from pipeline import replicas
 from pipeline.cameras import read_secret
 from pipeline.errors import CheckError, ConfigError, DependencyError, LineError
 from pipeline.inference import INPUT, OUTPUTS, signature_faults
-from pipeline.releases import TEACHER_VERSION, ModelConfig, Release, pinned
+from pipeline.releases import TEACHER_VERSION, ModelConfig, Release, is_ensemble, pinned
 from pipeline.replicas import Resolve
 from pipeline.servers import Triton as TritonSettings
 
@@ -111,7 +111,7 @@ class ModelControl:
         The server gets the files with the call: neither the repository nor what is served changes. Raises CheckError
         when a model cannot be loaded, or when the score is not finite.
         """
-        steps = [model for model in configs if model != release.product]
+        steps = [model for model, config in configs.items() if not is_ensemble(config)]
         scores = {}
         for address in self._clients:
             try:

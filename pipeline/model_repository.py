@@ -10,6 +10,7 @@ S3-compatible stores are not here: another class with these methods would be one
 from __future__ import annotations
 
 import fcntl
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from pipeline.releases import (
     Release,
     config_faults,
     config_text,
+    is_ensemble,
     name_faults,
     outside_files,
     parse_config,
@@ -167,12 +169,12 @@ class ModelRepository:
         """
         with self._incoming() as stage:
             for model, config in configs.items():
-                version = str(TEACHER_VERSION if model == release.teacher.model else release.version)
+                version = str(_folder_of(config, release))
                 folder = stage / model / version
                 folder.mkdir(parents=True)
                 for name, path in self.weights(release, model).items():
                     link(path, folder / name)
-                if model == release.product:
+                if is_ensemble(config):
                     (folder / ".gitkeep").touch()  # Triton wants the folder, and Git keeps no empty one
                 (stage / model / CONFIG).write_text(config_text(config), encoding="utf-8")
                 target = self.models / model
@@ -205,6 +207,11 @@ class ModelRepository:
             if model == release.product or release.version not in named:
                 named = [release.version]
             self.write(model, CONFIG, config_text(pinned(config, release, named)).encode())
+
+    def addressed(self, product: str) -> list[str]:
+        """Name the ensembles of single versions of a product that are in the model repository."""
+        named = re.compile(re.escape(product) + r"\.v[1-9][0-9]*")
+        return sorted(path.name for path in self.models.glob(f"{product}.v*") if named.fullmatch(path.name))
 
     def write(self, model: str, name: str, content: bytes) -> bytes | None:
         """Replace a file of a model as a whole; gives what was there. One that is the same is left alone."""
@@ -280,6 +287,13 @@ class ModelRepository:
         finally:
             for left in self._store.glob(f"{stage.name}*"):
                 shutil.rmtree(left)
+
+
+def _folder_of(config: ModelConfig, release: Release) -> int:
+    """Give the version folder that a model needs; that of an ensemble is the version which it is for."""
+    if is_ensemble(config):
+        return (versions_of(config) or [release.version])[0]
+    return TEACHER_VERSION if config.name == release.teacher.model else release.version
 
 
 def _manifest(path: Path) -> Release | None:

@@ -1,9 +1,9 @@
-"""Products that come while the line runs: exported to the model repository, and served by every replica of Triton.
+"""Products and versions that come while the line runs: exported or promoted, and served by every replica of Triton.
 
-One thread looks every few seconds. A product is the line's only once its manifest can be read, every replica in use
-serves it with that signature and has judged a black picture of it, and its threshold is known; then the cameras of the
-pool that wait for it are read. A product that the line knows already is not looked at: a new version of it takes a
-restart. Judges nothing. Owned by `app`.
+One thread looks every few seconds. A version is the line's only once its manifest can be read, every replica in use
+serves it with that signature and has judged a black picture of it, and its threshold is known. Until then, and for
+good if that never comes, parts are judged by the version before; the log, a metric and the heartbeat say so. A new
+product is taken by a worker of a pool alone, for the cameras that wait for it. Judges nothing. Owned by `app`.
 """
 
 from __future__ import annotations
@@ -15,30 +15,36 @@ import structlog
 
 from pipeline.errors import ConfigError
 from pipeline.inference import InferenceClient
-from pipeline.manifest import Manifest, products_in, read_manifest
+from pipeline.manifest import Manifest, Manifests, other_pictures, products_in, read_manifest
+from pipeline.metrics import Metrics
 from pipeline.thresholds import ThresholdCache
 
-LOOK_EVERY_S = 10.0
-_STAGE = "new products"
+LOOK_EVERY_S = 5.0
+_STAGE = "new versions"
 
 log = structlog.get_logger(__name__)
 
 
 class Newcomers:
-    """Adds to `manifests`, which all stages share; nobody else changes it while this is at work."""
+    """Changes `manifests`, which all stages share; nobody else does while this is at work."""
 
     def __init__(
         self,
         models_repo: Path,
-        manifests: dict[str, Manifest],
+        manifests: Manifests,
         inference: InferenceClient,
         thresholds: ThresholdCache,
+        *,
+        new_products: bool,
+        metrics: Metrics,
     ) -> None:
         self._models_repo = models_repo
         self._manifests = manifests
         self._inference = inference
         self._thresholds = thresholds
-        # Why a product is not the line's yet, as last said.
+        self._new_products = new_products
+        self._metrics = metrics
+        # Why what the repository has of a product is not the line's yet, as last said.
         self._faults: dict[str, str] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=_STAGE, daemon=True)
@@ -53,37 +59,72 @@ class Newcomers:
         if self._thread.is_alive():
             self._thread.join(1.0)
 
-    def look(self) -> None:
-        """Take every product that can be judged from now on; of the others say why not, once."""
-        there = products_in(self._models_repo)
-        self._faults = {product: fault for product, fault in self._faults.items() if product in there}
-        for product in there:
-            if product in self._manifests or self._stop.is_set():
-                continue
-            if fault := self._learn(product):
-                if fault != self._faults.get(product):
-                    self._faults[product] = fault
-                    log.warning("new product not judged yet", product=product, error=fault)
-            else:
-                self._faults.pop(product, None)
-                log.info("new product", product=product, version=self._manifests[product].version)
+    def fault(self, product: str) -> str:
+        """Say why the version that the repository has of a product is not judged with; '' when it is."""
+        return self._faults.get(product, "")
 
-    def _learn(self, product: str) -> str:
-        """Take a product; gives what is wrong with it, '' when it is the line's."""
+    def look(self) -> None:
+        """Take everything that can be judged from now on; of the rest say why not, once."""
+        there = products_in(self._models_repo)
+        for product in self._faults.keys() - there:
+            self._settle(product)
+        for product in there:
+            if (product in self._manifests or self._new_products) and not self._stop.is_set():
+                self._look_at(product)
+
+    def _look_at(self, product: str) -> None:
+        current = self._manifests.get(product)
         try:
             manifest = read_manifest(self._models_repo, product)
         except ConfigError as error:
-            return str(error)
-        if fault := self._inference.learn(manifest):
+            self._refuse(product, str(error))
+            return
+        if current is not None and manifest.model_sha256 == current.model_sha256:
+            self._settle(product)
+        elif fault := self._take(manifest, current):
+            self._refuse(product, f"version {manifest.version}: {fault}")
+        else:
+            self._settle(product)
+            before = None if current is None else current.version
+            log.info("new version", product=product, version=manifest.version, before=before)
+
+    def _take(self, manifest: Manifest, current: Manifest | None) -> str:
+        """Judge with a version from now on; gives what is wrong with it, '' when that is so.
+
+        The order is that of a part: whoever gets its answer finds the limits and the scale that belong to it, and those
+        of the version before for what that one still answers.
+        """
+        product = manifest.product
+        if current is not None and (others := other_pictures(manifest, current)):
+            return f"takes other pictures ({others}): restart this worker"
+        if fault := self._inference.check(manifest):
             return fault
         if not self._thresholds.learn(manifest):
+            self._thresholds.keep(product)
             return "its threshold is not known yet"
+        self._thresholds.take(manifest)
+        self._thresholds.keep(product, current)
+        self._manifests.keep(product, current, manifest)
+        self._inference.take(manifest)
         self._manifests[product] = manifest
         return ""
+
+    def _refuse(self, product: str, fault: str) -> None:
+        if fault == self._faults.get(product):
+            return
+        self._faults[product] = fault
+        self._metrics.version_refused(product, refused=True)
+        current = self._manifests.get(product)
+        judged_by = "nothing" if current is None else f"version {current.version}"
+        log.warning("new version not judged with", product=product, error=fault, judged_by=judged_by)
+
+    def _settle(self, product: str) -> None:
+        if self._faults.pop(product, ""):
+            self._metrics.version_refused(product, refused=False)
 
     def _run(self) -> None:
         while not self._stop.wait(LOOK_EVERY_S):
             try:
                 self.look()
             except Exception:  # the thread's top frame: the line goes on with what it knows, and the fault is seen
-                log.exception("looking for new products failed")
+                log.exception("looking for new versions failed")

@@ -3,6 +3,8 @@
 The way of a version: its files and signature are checked; every replica loads it under other names and lets it judge a
 picture; only then are its folders linked into the model repository, its steps loaded beside those that serve, and the
 ensemble switched to them. Each step of a promoted ensemble is named by number, so no answer is made by two versions.
+Both versions also have an ensemble of their own name, so that a worker goes on with the one before until it has taken
+the new one.
 What a killed command leaves serves one whole version; the same command again completes it. Called by the commands.
 """
 
@@ -24,9 +26,12 @@ from pipeline.releases import (
     Event,
     ModelConfig,
     Release,
+    addressed,
     before,
     compatible,
     config_text,
+    is_addressed,
+    is_ensemble,
     pinned,
 )
 from pipeline.signatures import SUFFIX
@@ -34,8 +39,9 @@ from pipeline.signatures import SUFFIX
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The configurations with which a version is served, in the order in which they are loaded, the ensemble last;
-    `interrupts`: its steps take other tensors than those that serve, so that both cannot be loaded at once."""
+    """The configurations with which a version is served, in the order in which they are loaded: steps, the ensembles of
+    single versions, the product's; `interrupts`: its steps take other tensors than those that serve, so that both
+    cannot be loaded at once."""
 
     configs: dict[str, ModelConfig]
     interrupts: bool
@@ -72,6 +78,11 @@ def plan_of(
             configs[model] = base
         else:
             configs[model] = pinned(base, release, versions if model in steps else [release.version])
+    product = configs.pop(release.product)
+    own = [addressed(product, release)]
+    if current is not None and len(versions) > 1 and (old := served.get(release.product)) is not None:
+        own.insert(0, addressed(pinned(old, current, [current.version]), current))
+    configs |= {config.name: config for config in own} | {release.product: product}
     return Plan(configs, interrupts)
 
 
@@ -141,14 +152,25 @@ def rollback(repository: ModelRepository, control: ModelControl, product: str, *
 def _switch(
     repository: ModelRepository, control: ModelControl, release: Release, plan: Plan, done: _Done, scores: Scores
 ) -> None:
+    for model in repository.addressed(release.product):
+        if plan.interrupts or model not in plan.configs:  # its steps go
+            control.unload(model)
+            shutil.rmtree(repository.models / model)
     if plan.interrupts:
         control.unload(release.product)
-    for folder in repository.place(release, plan.configs):
-        done.folders.append(folder)  # at once: the next one may fail
+    own = {model: config for model, config in plan.configs.items() if is_addressed(config, release)}
+    _place(repository, release, {model: config for model, config in plan.configs.items() if model not in own}, done)
     for model, config in plan.configs.items():
+        if model in own:  # only now: a server that starts must find the steps that it names
+            _place(repository, release, {model: config}, done)
         _write(repository, model, CONFIG, config_text(config).encode(), done)
         control.load(model)
     control.prove(release, scores)
+
+
+def _place(repository: ModelRepository, release: Release, configs: dict[str, ModelConfig], done: _Done) -> None:
+    for folder in repository.place(release, configs):
+        done.folders.append(folder)  # at once: the next one may fail
 
 
 def _write_manifest(repository: ModelRepository, release: Release, done: _Done) -> None:
@@ -168,12 +190,17 @@ def _write(repository: ModelRepository, model: str, name: str, content: bytes, d
 
 def _undo(repository: ModelRepository, control: ModelControl, plan: Plan, done: _Done) -> list[str]:
     """Put files and folders back, and tell the replicas; gives what went wrong."""
+    new = [model for model in plan.configs if repository.models / model in done.folders]
+    for model in new:
+        if is_ensemble(plan.configs[model]):  # first: what it names goes
+            shutil.rmtree(repository.models / model, ignore_errors=True)
     for model, name, content in reversed(done.files):
+        if model in new:
+            continue
         if content is None:
             (repository.models / model / name).unlink(missing_ok=True)
         else:
             repository.write(model, name, content)
-    new = [model for model in plan.configs if repository.models / model in done.folders]
     kept = [model for model in plan.configs if model not in new]
     faults = control.put_back(kept, list(reversed(new)))
     for folder in done.folders:

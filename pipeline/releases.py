@@ -2,8 +2,9 @@
 
 A version is the tree that `logicrd-train export` writes: an ensemble, the models of its steps under the same number, a
 teacher that products share, and a manifest with the hash of every file. Versions stay apart by number: a promoted
-ensemble names the number of each step, so that no answer mixes two of them. Called by `model_repository` and
-`promotion`.
+ensemble names the number of each step, so that no answer mixes two of them. An ensemble has one configuration for all
+its versions, and with it one set of steps: two versions of a product that are served at once are two ensembles, the
+product's own and one that is named after its version. Called by `model_repository` and `promotion`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tritonclient.grpc import model_config_pb2
 
 from pipeline.errors import CheckError
-from pipeline.manifest import Manifest, Sha256
+from pipeline.manifest import Manifest, Sha256, ensemble_of
 
 ModelConfig: TypeAlias = Any  # a protobuf message of tritonclient, which has no types
 
@@ -160,6 +161,25 @@ def pinned(config: ModelConfig, release: Release, versions: Sequence[int]) -> Mo
         own = step.model_name != release.teacher.model
         step.model_version = release.version if own else TEACHER_VERSION
     return copy
+
+
+def addressed(config: ModelConfig, release: Manifest) -> ModelConfig:
+    """Copy the ensemble's configuration of a version, pinned or as it is served, under the version's own name."""
+    copy = model_config_pb2.ModelConfig()
+    copy.CopyFrom(config)
+    copy.name = ensemble_of(release.product, release.version)
+    copy.version_policy.specific.versions[:] = [release.version]
+    return copy
+
+
+def is_ensemble(config: ModelConfig) -> bool:
+    """Whether a configuration joins other models and has no files of its own."""
+    return bool(config.ensemble_scheduling.step)
+
+
+def is_addressed(config: ModelConfig, release: Manifest) -> bool:
+    """Whether it is that of an ensemble of a single version."""
+    return is_ensemble(config) and config.name != release.product
 
 
 def compatible(config: ModelConfig, other: ModelConfig) -> bool:

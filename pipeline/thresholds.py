@@ -3,7 +3,8 @@
 The line takes a snapshot at start, hears of changes by pub/sub, reads everything again every `refresh_s`, and keeps its
 own last known good copy in memory and on disk; the frame path never waits for Redis. What Redis holds is not trusted: a
 threshold that is not finite, out of order, set for another model or older than the one in force is not used, and log
-and metrics say so. Never writes to Redis. Called by `app` and the judge.
+and metrics say so. Versions of a product each have their own limits: no score meets those of another network. Never
+writes to Redis. Called by `app` and the judge.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from pipeline.manifest import Manifest
 from pipeline.metrics import Metrics
 from pipeline.servers import Redis as RedisSettings
 from pipeline.threshold_store import CHANNEL, ThresholdStore
-from pipeline.types import Threshold, ThresholdSource
+from pipeline.types import Model, Threshold, ThresholdSource
 
 _LEARN_S = 5.0
 _STAGE = "thresholds"
 _MOST_ANNOUNCEMENTS = 1000  # taken at once before a read; the rest leads to the next one
+
+_Version = tuple[str, str]
+"""A product and the hash of one of its networks."""
 
 log = structlog.get_logger(__name__)
 
@@ -51,17 +55,23 @@ class ThresholdCache:
         self._settings = settings
         self._metrics = metrics
         self._health = health
-        self._current: dict[str, Threshold] = {}
-        self._known: dict[str, Threshold] = {}
+        # Versions that are judged with beside the one in force.
+        self._beside: dict[_Version, Manifest] = {}
+        self._current: dict[_Version, Threshold] = {}
+        self._known: dict[_Version, Threshold] = {}
         self._faults: dict[str, str] = {}
+        self._saved: dict[str, dict[str, str]] = {}
         self._read_s = 0.0
         self._fresh = True
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=_STAGE, daemon=True)
 
-    def get(self, product: str) -> Threshold | None:
-        """Give the limits in force; never blocks."""
-        return self._current.get(product)
+    def get(self, product: str, model: Model | None = None) -> Threshold | None:
+        """Give the limits for the scores of a network, or for those of the version in force; never blocks."""
+        if model is not None:
+            return self._current.get((product, model.sha256))
+        manifest = self._manifests.get(product)
+        return None if manifest is None else self._current.get(_version(manifest))
 
     def start(self) -> None:
         """Take the snapshot and begin to follow changes.
@@ -69,8 +79,9 @@ class ThresholdCache:
         Raises DependencyError when Redis is down and no last known good copy lies on disk. A product that the copy does
         not hold has no limits until Redis answers.
         """
+        self._manifests = dict(self._manifests)  # from here on `take` changes it, and nobody else
         stored = _load(self._settings.snapshot, self._manifests)
-        self._known = {product: threshold for product, threshold in stored.items() if threshold.version > 0}
+        self._known = {version: threshold for version, threshold in stored.items() if threshold.version > 0}
         try:
             self._read()
         except DependencyError as error:
@@ -79,18 +90,28 @@ class ThresholdCache:
             self._current, self._fresh = stored, False
             self._health.ready("thresholds", state=True)
             log.warning("Redis is down: last known good thresholds from disk", error=str(error), hint=error.hint)
-            for product in sorted(self._manifests.keys() - stored.keys()):
+            for product in sorted(self._manifests.keys() - {product for product, _ in stored}):
                 log.error("no threshold of it on disk: its parts are UNINSPECTED until Redis answers", product=product)
         self._health.beat(_STAGE)
         self._thread.start()
 
     def learn(self, manifest: Manifest) -> bool:
-        """Follow the limits of one more product; says whether they are known, after at most `_LEARN_S`."""
-        self._manifests = {**self._manifests, manifest.product: manifest}
+        """Follow the limits of one more version; says whether they are known, after at most `_LEARN_S`."""
+        version = _version(manifest)
+        self._beside = {**self._beside, version: manifest}
         until = time.monotonic() + _LEARN_S
-        while manifest.product not in self._current and time.monotonic() < until:
+        while version not in self._current and time.monotonic() < until:
             self._stop.wait(0.05)
-        return manifest.product in self._current
+        return version in self._current
+
+    def take(self, manifest: Manifest) -> None:
+        """Let this version, whose limits are known, be the one in force of its product."""
+        self._manifests = {**self._manifests, manifest.product: manifest}
+
+    def keep(self, product: str, *versions: Manifest | None) -> None:
+        """Follow no versions of a product but these, and the one in force."""
+        kept = {_version(version): version for version in versions if version is not None}
+        self._beside = {version: each for version, each in self._beside.items() if version[0] != product} | kept
 
     def close(self) -> None:
         """End the thread."""
@@ -128,56 +149,64 @@ class ThresholdCache:
                 while announced < _MOST_ANNOUNCEMENTS and changes.get_message(timeout=0.0 if announced else 0.25):
                     announced += 1
                 is_due = time.monotonic() - self._read_s >= self._settings.refresh_s
-                if announced or is_due or self._manifests.keys() - self._current.keys():
+                if announced or is_due or self._followed().keys() != self._current.keys():
                     self._read()
 
     def _beat(self) -> None:
         self._health.beat(_STAGE)
         self._metrics.threshold_age.set(time.monotonic() - self._read_s)
 
+    def _followed(self) -> dict[_Version, Manifest]:
+        return self._beside | {_version(manifest): manifest for manifest in self._manifests.values()}
+
     def _read(self) -> None:
-        current = {product: self._judge(product, self._look(product)) for product in self._manifests}
+        current = {
+            version: self._judge(manifest, self._look(manifest)) for version, manifest in self._followed().items()
+        }
         self._read_s = time.monotonic()
         if not self._fresh:
             self._fresh = True
             log.info("Redis answers again")
         self._health.ready("thresholds", state=True)
         if current != self._current:
-            for product, threshold in current.items():
-                if threshold != self._current.get(product):
-                    log.info("threshold", product=product, **_shown(threshold))
+            for version, threshold in current.items():
+                if threshold != self._current.get(version):
+                    log.info("threshold", product=version[0], model=version[1][:12], **_shown(threshold))
             self._current = current
-            self._save_snapshot()
+        self._save_snapshot()
 
-    def _look(self, product: str) -> Reading:
+    def _look(self, manifest: Manifest) -> Reading:
         try:
-            return read(self._store.get(product, LINE_FIELDS), self._manifests[product])
+            return read(self._store.get(manifest.product, LINE_FIELDS), manifest)
         except ConfigError as error:
             return Reading(None, "invalid", str(error))
 
-    def _judge(self, product: str, reading: Reading) -> Threshold:
+    def _judge(self, manifest: Manifest, reading: Reading) -> Threshold:
         """Turn what Redis holds into the limits in force.
 
         What cannot be used, or is older than what was in force, gives way to the last good limits of this model.
         """
-        known, found = self._known.get(product), reading.threshold
+        version, found = _version(manifest), reading.threshold
+        known = self._known.get(version)
         fault: str = reading.fault
         why = reading.why
         if found is not None and known is not None and is_older(found, known):
             fault, why = "older_version", f"Redis has version {found.version} again, set before the one in force"
         elif found is not None:
-            self._known[product] = found
+            self._known[version] = found
         elif fault == "absent" and known is not None:
             fault, why = "older_version", "Redis has lost it"
-        self._tell(product, "" if fault == "absent" else fault, why)
+        if self._manifests.get(manifest.product) is manifest:  # the record is meant for the version in force
+            self._tell(manifest, "" if fault == "absent" else fault, why)
         if found is not None and not fault:
             return found
         if known is None or fault == "other_model":
-            return self._manifests[product].suggestion
+            return manifest.suggestion
         return known if known.source is ThresholdSource.FILE else replace(known, source=ThresholdSource.CACHE)
 
-    def _tell(self, product: str, fault: str, why: str) -> None:
+    def _tell(self, manifest: Manifest, fault: str, why: str) -> None:
         """Make it seen that a record of Redis is not used: once in the log, as long as it lasts in the metrics."""
+        product = manifest.product
         if fault == self._faults.get(product, ""):
             return
         self._metrics.threshold_unused(product, before=self._faults.get(product, ""), now=fault)
@@ -185,7 +214,7 @@ class ThresholdCache:
         if not fault:
             log.info("threshold in Redis is used again", product=product)
             return
-        known = self._known.get(product)
+        known = self._known.get(_version(manifest))
         log.error(
             "threshold in Redis is not used",
             product=product,
@@ -201,10 +230,10 @@ class ThresholdCache:
         if self._fresh:
             self._fresh = False
             self._current = {
-                product: replace(threshold, source=ThresholdSource.CACHE)
+                version: replace(threshold, source=ThresholdSource.CACHE)
                 if threshold.source is ThresholdSource.REDIS
                 else threshold
-                for product, threshold in self._current.items()
+                for version, threshold in self._current.items()
             }
             log.warning("Redis is lost: last known good thresholds hold", error=error)
 
@@ -212,27 +241,35 @@ class ThresholdCache:
         path = self._settings.snapshot
         if path is None:
             return
-        stored = {product: _stored(threshold) for product, threshold in self._current.items()}
+        limits = {product: self.get(product) for product in self._manifests}
+        stored = {product: _stored(threshold) for product, threshold in limits.items() if threshold is not None}
+        if stored == self._saved:
+            return
         fresh = path.with_suffix(".new")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             fresh.write_text(json.dumps(stored, indent=1), encoding="utf-8")
             fresh.replace(path)
+            self._saved = stored
         except OSError as error:
             log.error("threshold snapshot not written", path=str(path), error=str(error))
 
 
-def _load(path: Path | None, manifests: Mapping[str, Manifest]) -> dict[str, Threshold]:
-    """Read the last known good limits, by product; empty when the file is damaged or is not there."""
+def _version(manifest: Manifest) -> _Version:
+    return manifest.product, manifest.model_sha256
+
+
+def _load(path: Path | None, manifests: Mapping[str, Manifest]) -> dict[_Version, Threshold]:
+    """Read the last known good limits; empty when the file is damaged or is not there."""
     if path is None or not path.is_file():
         return {}
-    loaded: dict[str, Threshold] = {}
+    loaded: dict[_Version, Threshold] = {}
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         for product in manifests.keys() & stored.keys():
             threshold, manifest = replace(parse(stored[product]), source=ThresholdSource.FILE), manifests[product]
             same = threshold.model_sha256 == manifest.model_sha256
-            loaded[product] = threshold if same and threshold.version > 0 else manifest.suggestion
+            loaded[_version(manifest)] = threshold if same and threshold.version > 0 else manifest.suggestion
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         log.error("threshold snapshot refused", path=str(path), error=str(error))
         return {}

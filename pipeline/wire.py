@@ -157,13 +157,17 @@ class WorkerCameraData(_Data):
 
 
 class WorkerModelData(_Data):
-    """A product that a worker judges: its network, and the limits in force (null: none yet)."""
+    """A product that a worker judges: its network, and the limits in force (null: none yet).
+
+    `refused` says why the version that was promoted since is not judged with; empty when there is none.
+    """
 
     product_id: str
     version: str
     sha256: str
     threshold_version: int | None
     threshold_source: Literal["redis", "cache", "file", "manifest"] | None
+    refused: str = ""
 
 
 class HeartbeatData(_Data):

@@ -236,7 +236,9 @@ class Canary:
             configs = [self._client.get_model_config(name, client_timeout=2.0).config for name in names]
         except InferenceServerException:
             return False
-        self._ensembles = [config.name for config in configs if config.HasField("ensemble_scheduling")] or names
+        ensembles = [config.name for config in configs if config.HasField("ensemble_scheduling")]
+        # Those of products: the ones of single versions, `product.v5`, come and go while the server runs.
+        self._ensembles = [name for name in ensembles if "." not in name] or names
         self._unproven = list(self._ensembles)
         return bool(self._ensembles)
 

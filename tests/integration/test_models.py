@@ -6,6 +6,7 @@ them all the while.
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -17,21 +18,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
+import redis
 from exported import PRODUCT, export, graph, heavier, shipped
-from line_process import wait_until
+from line_process import LineProcess, received, wait_until
 
 from pipeline.errors import CheckError, ConfigError, DependencyError
 from pipeline.health import Health
 from pipeline.inference import InferenceClient
-from pipeline.manifest import read_manifest
+from pipeline.manifest import Manifest, read_manifest
 from pipeline.metrics import Metrics
 from pipeline.model_control import ModelControl
 from pipeline.model_repository import ModelRepository
+from pipeline.newcomers import LOOK_EVERY_S
 from pipeline.promotion import promote, rollback
 from pipeline.servers import Triton
-from pipeline.types import Batch, Cause, Frame, Inference
+from pipeline.types import Batch, Frame, Inference
 
 pytestmark = pytest.mark.stack
 
@@ -71,8 +75,8 @@ def stop(folder: Path, name: str) -> None:
 class Worker:
     """A line's client, which has read the manifest when it was made; asks without a pause until `stop`."""
 
-    def __init__(self, settings: Triton) -> None:
-        manifest = read_manifest(settings.models_repo, PRODUCT)
+    def __init__(self, settings: Triton, manifest: Manifest | None = None) -> None:
+        manifest = manifest or read_manifest(settings.models_repo, PRODUCT)
         self._client = InferenceClient(settings, {PRODUCT: manifest}, metrics=Metrics(), health=Health())
         self._client.start()
         self.answers: list[Inference] = []
@@ -125,34 +129,90 @@ def push(place: SimpleNamespace, folder: Path) -> None:
         place.repository.push(folder)
 
 
+def pictures(folder: Path) -> Path:
+    """A folder of soft random pictures."""
+    (folder / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        grain = rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / f"pictures/part-{number}.png"), cv2.resize(grain, (320, 240)))
+    return folder / "pictures"
+
+
 def files_of(folder: Path) -> dict[Path, bytes]:
     found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
     return {path: path.read_bytes() for path in found}
 
 
 def test_a_version_is_served_and_taken_back(place: SimpleNamespace) -> None:
-    """A pushed version changes nothing; promoted, its scores are served; a worker of the old manifest judges nothing
-    with it; rolled back, the old scores are served again."""
+    """A pushed version changes nothing; promoted, its scores are served; a worker of the old manifest, whether it was
+    there before or comes just then, gets the old scores all the while; rolled back, they are served to all."""
     before = score(place.settings)
     assert before[0] == str(NOW)
+    manifest = read_manifest(place.settings.models_repo, PRODUCT)
     push(place, heavier(place.folder / "export", NEXT))
     assert score(place.settings) == before
     worker = Worker(place.settings)
     change(place, promote, NEXT)
-    wait_until(lambda: worker.answers[-1].cause is not None, 60, "the old worker to notice")
-    answers = worker.stop()
+    late = Worker(place.settings, manifest)
+    count = len(worker.answers)
+    wait_until(lambda: len(worker.answers) > count + 3 and late.answers, 60, "answers after the switch")
+    answers = worker.stop() + late.stop()
     after = score(place.settings)
     assert after[0] == str(NEXT)
     assert after[1] > before[1] + 1
-    good = [each.scores.fused for each in answers if each.scores is not None]
-    assert good
-    assert good == pytest.approx([before[1]] * len(good), abs=1e-3)
-    assert {each.cause for each in answers} <= {None, Cause.MODEL_MISMATCH, Cause.TRITON_UNAVAILABLE}
-    assert Cause.MODEL_MISMATCH in {each.cause for each in answers}
+    assert {each.cause for each in answers} == {None}
+    scores = [each.scores.fused for each in answers if each.scores is not None]
+    assert scores == pytest.approx([before[1]] * len(scores), abs=1e-3)
     change(place, rollback)
     version, again = score(place.settings)
     assert version == str(NOW)
     assert again == pytest.approx(before[1], abs=1e-3)
+
+
+def test_a_running_line_takes_over_what_is_promoted(
+    place: SimpleNamespace, stack: Any, line_file: Any, tmp_path: Path
+) -> None:
+    """No part is lost or UNINSPECTED while versions come and go: each verdict names the version that judged it and the
+    limits that were set for it. A manifest that nobody serves is refused once, and costs nothing."""
+    made = line_file(stack, triton={"address": place.settings.address, "models_repo": str(place.settings.models_repo)})
+    made.camera(type="folder", path=str(pictures(tmp_path)), product=PRODUCT, rate=4, loop=True)
+    path = made.write()
+    command = [sys.executable, "-m", "pipeline.cli", "thresholds", "set", PRODUCT, "--ng", "1e9", "-c", str(path)]
+    subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL)
+    manifest = place.settings.models_repo / PRODUCT / "manifest.json"
+    if NEXT not in place.repository.pushed(PRODUCT):
+        push(place, heavier(place.folder / "export", NEXT))
+
+    def judged(version: int, times: int) -> bool:
+        """Whether the versions changed so often, and the last verdict is of this one."""
+        versions = runs(made.name)
+        return len(versions) == times and versions[-1][0] == str(version)
+
+    def runs(name: str) -> list[tuple[str, str]]:
+        events = received(stack.endpoints["kafka"], name).events
+        seen = [(data["model"]["version"], data["threshold"]["source"]) for data in (each["data"] for each in events)]
+        return [one for one, _ in itertools.groupby(seen)]
+
+    with LineProcess(path) as line:
+        wait_until(lambda: judged(NOW, 1), 60, "verdicts of the first version")
+        change(place, promote, NEXT)
+        wait_until(lambda: judged(NEXT, 2), 60, "verdicts of the next one")
+        change(place, rollback)
+        wait_until(lambda: judged(NOW, 3), 60, "verdicts of the first one again")
+        good = manifest.read_bytes()
+        manifest.write_text(json.dumps(json.loads(good) | {"version": 99, "model_sha256": "0" * 64}))
+        wait_until(lambda: "new version not judged with" in line.log(), 60, "the refusal")
+        time.sleep(2 * LOOK_EVERY_S)
+        manifest.write_bytes(good)
+        summary = line.stop()
+        assert line.log().count("new version not judged with") == 1
+    redis.Redis.from_url(stack.endpoints["redis"]).delete(f"logicrd:threshold:{PRODUCT}")
+    verdicts = received(stack.endpoints["kafka"], made.name, at_least=summary["triggered"])
+    assert verdicts.causes == {}
+    assert verdicts.in_order()
+    assert verdicts.duplicates == 0
+    assert runs(made.name) == [(str(NOW), "redis"), (str(NEXT), "manifest"), (str(NOW), "redis")]
 
 
 def test_a_version_that_cannot_be_loaded_is_never_served(place: SimpleNamespace) -> None:

@@ -29,7 +29,7 @@ from pipeline.metrics import Metrics
 from pipeline.servers import Redis as RedisSettings
 from pipeline.threshold_store import CHANNEL, KEY, POLICY_KEY, Policy, ThresholdStore
 from pipeline.thresholds import ThresholdCache
-from pipeline.types import ThresholdSource
+from pipeline.types import Model, ThresholdSource
 
 MODELS = Path(__file__).resolve().parents[2] / "models_repo"
 USERS = {"line": "line", "anna": "engineer", "ben": "engineer", "shared": "engineer", "quinn": "quality"}
@@ -628,3 +628,29 @@ def test_a_preview_and_a_suggestion_know_the_parts_of_the_past(stack, line_file,
     assert (told["parts"], told["without_score"]) == (16, 1)
     assert ordered[9] < told["ng"] <= ordered[10]
     assert told["forecast"]["misses"]["count"] == 0
+
+
+def test_each_version_has_limits_of_its_own(store_of, watching, manifest, tmp_path):
+    """What was set for a network never meets the scores of another one: not before, while nor after a promotion; of
+    what is no longer judged with nothing is kept, and a rollback finds the old limits again."""
+    product = manifest.product
+    following = manifest.model_copy(update={"version": manifest.version + 1, "model_sha256": "cd" * 32})
+    old, new = (Model(product, str(each.version), each.model_sha256) for each in (manifest, following))
+    store_of("anna").write([change(manifest, 7.5)], author="Anna")
+    with watching(refresh_s=1) as cache:
+        assert cache.get(product, new) is None
+        assert cache.learn(following)
+        assert (cache.get(product, old).ng, cache.get(product).ng) == (7.5, 7.5)
+        assert cache.get(product, new) == following.suggestion
+        cache.take(following)
+        cache.keep(product, manifest)
+        assert cache.get(product, old).ng == 7.5
+        assert cache.get(product) == cache.get(product, new) == following.suggestion
+        until(lambda: json.loads((tmp_path / "snapshot.json").read_text())[product]["version"] == "0")
+        cache.keep(product)
+        until(lambda: cache.get(product, old) is None)
+        store_of("anna").write([change(following, 8.5)], author="Anna")
+        until(lambda: cache.get(product).ng == 8.5)
+        assert cache.learn(manifest)
+        cache.take(manifest)
+        assert cache.get(product).source is ThresholdSource.MANIFEST

@@ -9,6 +9,7 @@ import pytest
 from pipeline import config
 from pipeline.evidence import Evidence
 from pipeline.health import Health
+from pipeline.manifest import Manifests
 from pipeline.types import Inference, Judgement
 
 
@@ -18,7 +19,7 @@ def make_evidence(tmp_path, make_manifest):
 
     def make(**settings):
         values = {"dir": tmp_path / "kept"} | settings
-        return Evidence(config.Evidence(**values), {"tray": make_manifest()}, Health())
+        return Evidence(config.Evidence(**values), Manifests({"tray": make_manifest()}), Health())
 
     return make
 

@@ -125,7 +125,7 @@ def test_the_budget_goes_with_the_request(client, make_frame, monkeypatch):
 def test_each_frame_gets_its_own_row(client, make_frame):
     """Row i of every tensor belongs to frame i, and the answer names the model."""
     batch = batch_of(make_frame, 3)
-    inferences, fault, _ = client._read(batch, answer(3), None, sent_s=1.0)
+    inferences, fault, _ = client._read(batch, client._versions["tray"], answer(3), None, sent_s=1.0)
     assert fault is None
     assert [inference.frame for inference in inferences] == list(batch.frames)
     third = inferences[2].scores
@@ -149,7 +149,9 @@ def test_each_frame_gets_its_own_row(client, make_frame):
 def test_an_answer_of_another_model_is_a_mismatch(client, make_frame, changes):
     """Tensors that are missing or of another shape, and another version, give every frame `model_mismatch` and no
     score; the replica is under suspicion."""
-    inferences, fault, words = client._read(batch_of(make_frame, 3), answer(3, **changes), None, sent_s=1.0)
+    inferences, fault, words = client._read(
+        batch_of(make_frame, 3), client._versions["tray"], answer(3, **changes), None, sent_s=1.0
+    )
     assert fault is Fault.SICK
     assert words
     assert [(inference.cause, inference.scores) for inference in inferences] == [(Cause.MODEL_MISMATCH, None)] * 3
@@ -158,7 +160,9 @@ def test_an_answer_of_another_model_is_a_mismatch(client, make_frame, changes):
 def test_a_score_that_is_not_finite_is_passed_on(client, make_frame):
     """The client judges nothing: NaN from Triton arrives as NaN, for the verdict to refuse."""
     nan = np.full((1, 1), np.nan, np.float32)
-    (inference,), _, _ = client._read(batch_of(make_frame, 1), answer(1, score=nan), None, 1.0)
+    (inference,), _, _ = client._read(
+        batch_of(make_frame, 1), client._versions["tray"], answer(1, score=nan), None, 1.0
+    )
     assert inference.cause is None
     assert np.isnan(inference.scores.fused)
 
@@ -191,39 +195,87 @@ def test_a_lost_server_costs_the_batch_and_nothing_else(client, make_frame):
 
 
 class Replica:
-    """A replica that serves the products it is given."""
+    """A replica that serves these ensembles, each as its version 1 or as the one given by name."""
 
-    def __init__(self, *products):
-        self._products = products
+    def __init__(self, *products, **versions):
+        self._versions = dict.fromkeys(products, "1") | versions
 
     def is_server_ready(self, **options):
         return bool(options)
 
     def get_model_metadata(self, product, **options):
         assert options["as_json"]
-        if product not in self._products:
-            raise InferenceServerException(f"unknown model {product}")
-        return metadata()
+        if product not in self._versions:
+            raise InferenceServerException(f"Request for unknown model: '{product}' is not found")
+        return metadata() | {"versions": [self._versions[product]]}
 
     def infer(self, *arguments, **options):
         pass
 
+    def async_infer(self, ensemble, inputs, callback, **options):
+        del inputs, options
+        if ensemble not in self._versions:
+            callback(None, InferenceServerException(f"Request for unknown model: '{ensemble}' is not found"))
+        else:
+            callback(Answer(**answer(1)._tensors, version=self._versions[ensemble]), None)
+
 
 def test_a_product_is_learned_once_every_replica_in_use_serves_it(client, make_manifest, monkeypatch):
-    """One that lacks it is named; from then on every replica has to serve it, and answers are read by its manifest."""
+    """One that lacks it is named; once taken, every replica has to serve it, and answers are read by its manifest."""
     lid = make_manifest(product="lid")
-    assert client.learn(lid) == "no replica of Triton is in use"
+    assert client.check(lid) == "no replica of Triton is in use"
     replicas = [
         (SimpleNamespace(address="10.0.0.1:1"), Replica("tray", "lid")),
         (SimpleNamespace(address="10.0.0.2:1"), Replica("tray")),
     ]
     monkeypatch.setattr(client._pool, "in_use", lambda: replicas)
-    assert client.learn(lid).startswith("Triton at 10.0.0.2:1: does not serve product 'lid'")
+    assert client.check(lid).startswith("Triton at 10.0.0.2:1: does not serve product 'lid'")
     assert client._probe(Replica("tray"))[0] is Finding.GOOD
     replicas.pop()
-    assert client.learn(lid) == ""
+    assert client.check(lid) == ""
+    client.take(lid)
     assert client._probe(Replica("tray"))[0] is Finding.FAILED
     assert client._probe(Replica("tray", "lid"))[0] is Finding.GOOD
+
+
+def test_a_promotion_costs_no_part(client, make_frame, make_manifest, monkeypatch):
+    """When the product's name serves another version, the version before is asked for by its own name, at once; the
+    new one is answered once it is taken, and nothing in between is without scores."""
+    server = Replica(**{"tray": "2", "tray.v1": "1"})
+    replica = SimpleNamespace(address="10.0.0.1:1")
+    monkeypatch.setattr(client._pool, "take", lambda **_: (replica, server))
+    faults = []
+
+    def give_back(_, fault, words, *, first_try):
+        del words, first_try
+        faults.append(fault)
+        return False
+
+    monkeypatch.setattr(client._pool, "give_back", give_back)
+    monkeypatch.setattr(client._pool, "in_use", lambda: [(replica, server)])
+    done = []
+    client.submit(batch_of(make_frame, 1), done.extend)
+    assert client._probe(server)[0] is Finding.GOOD
+    client.submit(batch_of(make_frame, 1), done.extend)
+    second = make_manifest(version=2, model_sha256="cd" * 32)
+    assert client.check(second) == ""
+    client.take(second)
+    client.submit(batch_of(make_frame, 1), done.extend)
+    assert [(each.cause, each.model.version) for each in done] == [(None, "1"), (None, "1"), (None, "2")]
+    assert set(faults) == {None}
+
+
+def test_a_version_that_is_served_nowhere_is_a_mismatch(client, make_frame, monkeypatch):
+    """Neither under the product's name nor under its own: the part is UNINSPECTED, and the replica under suspicion."""
+    server = Replica(tray="2")
+    monkeypatch.setattr(client._pool, "take", lambda **_: (SimpleNamespace(address="10.0.0.1:1"), server))
+    faults = []
+    monkeypatch.setattr(client._pool, "give_back", lambda _, fault, *__, **___: faults.append(fault))
+    done = []
+    client.submit(batch_of(make_frame, 1), done.extend)
+    assert done[0].scores is None
+    assert faults == [None, Fault.SICK]
+    assert client._probe(server)[0] is Finding.REFUSED
 
 
 def test_a_product_that_another_replica_serves_may_not_be_lacking(make_manifest, monkeypatch):

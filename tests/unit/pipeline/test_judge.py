@@ -13,6 +13,7 @@ from pipeline.events import Encoder, Place
 from pipeline.evidence import Evidence
 from pipeline.health import Health
 from pipeline.judge import Judge
+from pipeline.manifest import Manifests
 from pipeline.metrics import Metrics
 from pipeline.parts import Parts
 from pipeline.types import Cause, Inference, Scores
@@ -32,9 +33,9 @@ class Desk:
         self.told = {"verdict.v1": [], "view.v1": [], "audit.v1": []}
         self.judge = Judge(
             Parts({}, {"c1": "tray"}, budget_s=2.0, run="R"),
-            {"tray": manifest},
+            Manifests({"tray": manifest}),
             SimpleNamespace(get={"tray": manifest.suggestion}.get),
-            evidence=Evidence(EvidenceSettings(), {"tray": manifest}, self.health),
+            evidence=Evidence(EvidenceSettings(), Manifests({"tray": manifest}), self.health),
             encoder=encoder or Encoder(PLACE, "binary"),
             outbox=SimpleNamespace(put=self._put),
             metrics=self.metrics,

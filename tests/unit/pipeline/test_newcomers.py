@@ -1,4 +1,4 @@
-"""Products that come while the line runs: when they are the line's, and what is said of those that are not."""
+"""Products and versions that come while the line runs: when they are the line's, and what is said of the others."""
 
 import json
 from types import SimpleNamespace
@@ -6,21 +6,38 @@ from types import SimpleNamespace
 import pytest
 import structlog
 
-from pipeline.manifest import read_manifest
+from pipeline.manifest import Manifests, read_manifest
+from pipeline.metrics import Metrics
 from pipeline.newcomers import Newcomers
+from pipeline.types import Model
+
+NEXT = {"version": 2, "model_sha256": "cd" * 32}
 
 
 class Servers:
-    """Triton and Redis, as far as a new product asks them."""
+    """Triton and Redis, as far as a new version asks them; `did` is what was asked, in order."""
 
     def __init__(self):
         self.fault = ""
         self.is_known = True
-        self.asked = []
+        self.did = []
 
-    def learn_model(self, manifest):
-        self.asked.append(manifest.product)
+    def check(self, manifest):
+        self.did.append(("check", manifest.product, manifest.version))
         return self.fault
+
+    def learn(self, manifest):
+        self.did.append(("learn", manifest.product, manifest.version))
+        return self.is_known
+
+    def take(self, manifest):
+        self.did.append(("take", manifest.product, manifest.version))
+
+    def keep(self, product, *versions):
+        pass
+
+    def asked(self, what):
+        return [product for word, product, _ in self.did if word == what]
 
 
 @pytest.fixture
@@ -30,43 +47,99 @@ def servers():
 
 @pytest.fixture
 def line(models_repo, servers):
-    """A line that knows `tray` of a repository with `cable-set` besides; gives its manifests and its look-out."""
-    manifests = {"tray": read_manifest(models_repo, "tray")}
-    inference = SimpleNamespace(learn=servers.learn_model)
-    thresholds = SimpleNamespace(learn=lambda _: servers.is_known)
-    return manifests, Newcomers(models_repo, manifests, inference, thresholds)
+    """A line of a pool that knows `tray` of a repository with `cable-set` besides."""
+    manifests = Manifests({"tray": read_manifest(models_repo, "tray")})
+    metrics = Metrics()
+    newcomers = Newcomers(models_repo, manifests, servers, servers, new_products=True, metrics=metrics)
+    return SimpleNamespace(manifests=manifests, look=newcomers.look, newcomers=newcomers, metrics=metrics)
+
+
+@pytest.fixture
+def promote(models_repo, manifest_document):
+    """Write the manifest of another version of `tray`; keywords replace its top keys."""
+
+    def write(**keys):
+        path = models_repo / "tray/manifest.json"
+        path.write_text(json.dumps(manifest_document("tray", **(NEXT | keys))))
+
+    return write
 
 
 def test_a_product_is_the_lines_once_it_is_served_and_its_limits_are_known(line, servers):
-    """Neither before the model nor before the threshold is there; a known product is never asked for."""
-    manifests, newcomers = line
+    """Neither before the model nor before the threshold is there; a known version is never asked for."""
     servers.fault = "Triton at x: does not serve it"
-    newcomers.look()
+    line.look()
     servers.fault, servers.is_known = "", False
-    newcomers.look()
-    assert list(manifests) == ["tray"]
+    line.look()
+    assert list(line.manifests) == ["tray"]
     servers.is_known = True
-    newcomers.look()
-    assert list(manifests) == ["tray", "cable-set"]
-    newcomers.look()
-    assert servers.asked == ["cable-set"] * 3
+    line.look()
+    assert list(line.manifests) == ["tray", "cable-set"]
+    line.look()
+    assert servers.asked("check") == ["cable-set"] * 3
 
 
 def test_what_is_wrong_with_a_product_is_said_once(line, servers, models_repo):
     """The same fault is one line of the log; another fault, and that of a product that came anew, are others."""
-    manifests, newcomers = line
     path = models_repo / "cable-set" / "manifest.json"
     good = path.read_bytes()
     with structlog.testing.capture_logs() as said:
         servers.fault = "not served"
-        newcomers.look()
-        newcomers.look()
+        line.look()
+        line.look()
         path.write_text("{")
-        newcomers.look()
+        line.look()
         path.unlink()
-        newcomers.look()
+        line.look()
         path.write_bytes(good)
-        newcomers.look()
-    assert [line["error"].partition(":")[0] for line in said] == ["not served", f"manifest {path}", "not served"]
-    assert {line["product"] for line in said} == {"cable-set"}
-    assert json.loads(good)["product"] not in manifests
+        line.look()
+    faults = [each["error"].removeprefix("version 1: ").partition(":")[0] for each in said]
+    assert faults == ["not served", f"manifest {path}", "not served"]
+    assert {each["product"] for each in said} == {"cable-set"}
+    assert "cable-set" not in line.manifests
+
+
+def test_without_a_pool_no_product_is_added(models_repo, servers):
+    """The cameras of a line file are fixed: a product that none of them shows is left alone."""
+    manifests = Manifests({"tray": read_manifest(models_repo, "tray")})
+    Newcomers(models_repo, manifests, servers, servers, new_products=False, metrics=Metrics()).look()
+    assert (list(manifests), servers.did) == (["tray"], [])
+
+
+def test_a_promoted_version_takes_over_once_it_is_good(line, servers, promote):
+    """It is checked, its limits are known, then batches go to it; answers of the one before still find its manifest."""
+    before = line.manifests["tray"]
+    promote()
+    line.look()
+    assert [word for word, product, _ in servers.did if product == "tray"] == ["check", "learn", "take", "take"]
+    assert line.manifests["tray"].version == 2
+    assert line.manifests.of("tray", Model("tray", "1", before.model_sha256)) == before
+    assert line.manifests.of("tray", Model("tray", "3", "ef" * 32)) is None
+
+
+@pytest.mark.parametrize("fault", ["served", "limits", "pictures", "manifest"])
+def test_a_version_that_fails_gets_no_traffic(line, servers, promote, models_repo, fault):
+    """Whatever is wrong, the version before goes on, with one line of the log, the metric and the heartbeat's word;
+    once it is put right the version is taken, and all three are silent again."""
+    del servers.did[:]
+    servers.fault = "a black picture failed" if fault == "served" else ""
+    servers.is_known = fault != "limits"
+    promote(**({"map_shape": [32]} if fault == "manifest" else {}))
+    if fault == "pictures":
+        promote(input={"height": 128, "width": 128, "dtype": "uint8", "layout": "HWC", "colour": "RGB"})
+    (models_repo / "cable-set/manifest.json").unlink()
+    with structlog.testing.capture_logs() as said:
+        line.look()
+        line.look()
+    assert (len(said), said[0]["judged_by"]) == (1, "version 1")
+    assert line.manifests["tray"].version == 1
+    assert servers.asked("take") == []
+    assert line.newcomers.fault("tray") != ""
+    refused = "inspection_version_refused"
+    assert line.metrics.registry.get_sample_value(refused, {"product": "tray"}) == 1
+    servers.fault, servers.is_known = "", True
+    promote()
+    line.look()
+    assert line.manifests["tray"].version == 2
+    assert line.newcomers.fault("tray") == ""
+    assert line.metrics.registry.get_sample_value(refused, {"product": "tray"}) == 0

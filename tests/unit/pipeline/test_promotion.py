@@ -77,13 +77,14 @@ def loadable(repository, model):
 
 def served(repository):
     """The version that a server started now would serve, checked for being one whole version; and the manifest's."""
-    ensemble = repository.config(PRODUCT)
-    (version,) = loadable(repository, PRODUCT)
-    for step in ensemble.ensemble_scheduling.step:
-        versions = loadable(repository, step.model_name)
-        chosen = max(versions) if step.model_version == -1 else step.model_version
-        assert chosen in versions
-        assert chosen == (1 if step.model_name.startswith("teacher.") else version)
+    for name in (*repository.addressed(PRODUCT), PRODUCT):
+        (version,) = loadable(repository, name)
+        assert name in (PRODUCT, f"{PRODUCT}.v{version}")
+        for step in repository.config(name).ensemble_scheduling.step:
+            versions = loadable(repository, step.model_name)
+            chosen = max(versions) if step.model_version == -1 else step.model_version
+            assert chosen in versions
+            assert chosen == (1 if step.model_name.startswith("teacher.") else version)
     return version, repository.promoted(PRODUCT).version
 
 
@@ -92,9 +93,10 @@ def test_a_version_is_tried_first_and_switched_last(repository):
     servers = Servers()
     run(repository, servers)
     steps = steps_of(repository.config(PRODUCT))
-    loads = [("load", model) for model in (*steps, PRODUCT)]
+    loads = [("load", model) for model in (*steps, f"{PRODUCT}.v3", f"{PRODUCT}.v4", PRODUCT)]
     assert servers.calls == [("try",), ("load", PRODUCT), *loads, ("prove",)]
     assert served(repository) == (4, 4)
+    assert repository.addressed(PRODUCT) == [f"{PRODUCT}.v3", f"{PRODUCT}.v4"]
     (event,) = repository.history(PRODUCT)
     assert (event.action, event.version, event.previous, event.by, event.reason) == ("promote", 4, 3, "anna", "better")
 
@@ -110,7 +112,21 @@ def test_a_version_goes_and_comes_back(repository):
         rollback(repository, Servers(), PRODUCT, by="ben", reason="worse")
 
 
-@pytest.mark.parametrize("fails_at", range(9))
+def test_what_was_served_two_promotions_ago_is_let_go(repository, tmp_path):
+    """Its own ensemble is unloaded before the steps that it names are."""
+    run(repository, Servers())
+    with repository.locked():
+        repository.push(tiny(tmp_path / "newer", 5))
+    servers = Servers()
+    run(repository, servers, 5)
+    assert served(repository) == (5, 5)
+    assert repository.addressed(PRODUCT) == [f"{PRODUCT}.v4", f"{PRODUCT}.v5"]
+    steps = steps_of(repository.config(PRODUCT))
+    gone = servers.calls.index(("unload", f"{PRODUCT}.v3"))
+    assert gone < min(servers.calls.index(("load", step)) for step in steps)
+
+
+@pytest.mark.parametrize("fails_at", range(11))
 def test_a_failure_at_any_call_leaves_the_old_version(repository, fails_at):
     """Whichever call fails, files and servers are back at version 3, nothing is recorded, and a second try succeeds."""
     servers = Servers(fails_at)
@@ -133,7 +149,7 @@ def test_a_failed_trial_touches_no_file(repository):
     assert {path: path.read_bytes() for path in repository.models.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("kill_at", range(12))
+@pytest.mark.parametrize("kill_at", range(14))
 def test_a_kill_at_any_write_leaves_one_whole_version(repository, monkeypatch, kill_at):
     """After a kill before any write, a server that starts serves one version whole; the command again completes it."""
     monkeypatch.setattr(promotion, "_undo", lambda *_: [])
@@ -149,7 +165,7 @@ def test_a_kill_at_any_write_leaves_one_whole_version(repository, monkeypatch, k
         with pytest.raises(Killed):
             run(repository, Servers())
     version, manifest = served(repository)
-    assert version == (4 if kill_at == 11 else 3)
+    assert version == (4 if kill_at == 13 else 3)
     assert manifest == 3
     run(repository, Servers())
     assert served(repository) == (4, 4)
@@ -176,6 +192,7 @@ def test_other_tensors_take_an_interruption(repository):
     run(repository, servers, interrupt=True)
     assert ("unload", PRODUCT) in servers.calls
     assert versions_of(repository.config(f"{PRODUCT}.map")) == [4]
+    assert repository.addressed(PRODUCT) == [f"{PRODUCT}.v4"]
     assert served(repository) == (4, 4)
 
 
