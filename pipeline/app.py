@@ -1,9 +1,9 @@
 """The composition root: builds the stages of one line, wires them with queues, starts, drains and stops them.
 
 Threads: one reader a camera -> batcher -> one dispatcher -> gRPC's own -> one judge -> one for the outbox -> one
-publisher, one for pictures, one for thresholds, one for heartbeats, one for new versions; one for triggers where a
-station asks for them, one for the log of parts, one with a pool: its cameras. A part is opened when its frame is
-captured or its trigger comes, and gets exactly one verdict. Called by the command line and by tests.
+publisher, one for pictures, one for thresholds, one for heartbeats, one for new versions, one for shadows; one for
+triggers where a station asks for them, one for the log of parts, one with a pool: its cameras. A part is opened when
+its frame is captured or its trigger comes, and gets exactly one verdict. Called by the command line and by tests.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from pipeline.part_log import PartLog
 from pipeline.parts import Parts
 from pipeline.pool import CameraPool
 from pipeline.readers import Readers
+from pipeline.shadow import Shadow
 from pipeline.sink import Sink
 from pipeline.threshold_store import ThresholdStore
 from pipeline.thresholds import ThresholdCache
@@ -90,14 +91,11 @@ class Line:
         self._judge = self._make_judge(config, run)
         self._stop_dispatch = threading.Event()
         self.cameras = self._make_readers(config, run)
+        known = (self._manifests, self._inference, self._thresholds)
         self._newcomers = Newcomers(
-            config.triton.models_repo,
-            self._manifests,
-            self._inference,
-            self._thresholds,
-            new_products=config.pool is not None,
-            metrics=self.metrics,
+            config.triton.models_repo, *known, new_products=config.pool is not None, metrics=self.metrics
         )
+        self._shadow = Shadow(*known, metrics=self.metrics, health=self.health)
         self._heartbeat = self._make_heartbeat(config)
         for camera in config.cameras:
             self.cameras.prepare(camera)
@@ -145,6 +143,7 @@ class Line:
         if self._pool is not None:
             self._pool.start(list(self.cameras.names))
         self._newcomers.start()
+        self._shadow.start()
         self._heartbeat.start()
         gc.collect()
         gc.freeze()  # what is here now stays: the collections of the judge look at the frames' garbage only
@@ -167,6 +166,7 @@ class Line:
         judged_s = now_s + judging_s
         self._triggers.stop()
         self._newcomers.close()
+        self._shadow.close()
         if self._pool is not None:
             self._pool.stop()
         self.cameras.stop()
@@ -289,6 +289,7 @@ class Line:
             self._thresholds,
             epoch=lambda: self.cameras.epoch,
             refused=self._newcomers.fault,
+            candidate=self._newcomers.candidate,
             encoder=self._encoder,
             put=self._outbox.put,
             metrics=self.metrics,
@@ -353,6 +354,7 @@ class Line:
             self._batcher.service_s += _SERVICE_WEIGHT * (took_s - self._batcher.service_s)
         for inference in inferences:
             self._judge.put(inference)
+        self._shadow.offer(inferences)
 
 
 def stored_inspections(folder: Path | None) -> frozenset[str]:

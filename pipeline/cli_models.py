@@ -13,9 +13,10 @@ from pipeline.config import LineConfig
 from pipeline.errors import CheckError, ConfigError
 from pipeline.model_control import ModelControl
 from pipeline.model_repository import ModelRepository
-from pipeline.promotion import promote, rollback
+from pipeline.promotion import promote, rollback, stop_trial, try_beside
 from pipeline.releases import MANIFEST, Release, before
 from pipeline.signatures import sign
+from pipeline.tail import FIGURES, candidate_figures
 from pipeline.terminal import CONFIG_FILE, Config, Json, answer, table_of
 
 models_app = typer.Typer(help="Versions of the models, and which one is served.", no_args_is_help=True)
@@ -80,22 +81,65 @@ def models_promote(
     interrupt: Annotated[
         bool, typer.Option("--interrupt", help="Stop serving the product meanwhile, where its tensors have changed.")
     ] = False,
+    canary: Annotated[
+        float | None, typer.Option(help="Let it judge this percentage of the parts, by the hash of their ids.")
+    ] = None,
     config: Config = CONFIG_FILE,
     as_json: Json = False,
 ) -> None:
-    """Let every replica of Triton try a version and then serve it; if one cannot, all stay as they are."""
-    settings = configuration.load(config)
+    """Let every replica of Triton try a version and then serve it; if one cannot, all stay as they are.
+
+    Running workers take it within seconds. With --canary it judges a share of the parts, until it is promoted without.
+    """
+    settings, share = configuration.load(config), None if canary is None else _percent(canary)
     repository, by = _repository(settings), _author(author)
     with repository.locked(), ModelControl(settings.triton) as control:
-        release = promote(repository, control, product, version, by=by, reason=reason, interrupt=interrupt)
-        _answer_served(release, control, as_json)
+        if share is None:
+            release = promote(repository, control, product, version, by=by, reason=reason, interrupt=interrupt)
+            _answer_served(release, control, as_json)
+        else:
+            try_beside(repository, control, product, version, mode="canary", percent=share, by=by, reason=reason)
+            _answer_trial(repository, product, as_json)
+
+
+@models_app.command("shadow")
+def models_shadow(
+    product: Product,
+    version: Annotated[int | None, typer.Argument(help="Which version; none: how the trial does.", min=1)] = None,
+    percent: Annotated[float, typer.Option(help="Percentage of the parts, by the hash of their ids.")] = 100.0,
+    stop: Annotated[bool, typer.Option("--stop", help="End the trial.")] = False,
+    reason: Reason = "",
+    author: Author = "",
+    config: Config = CONFIG_FILE,
+    as_json: Json = False,
+) -> None:
+    """Let a version judge parts as well, without a say in their verdicts; or show how often it would have agreed.
+
+    The figures are those that the running workers told last, each since its start; those of a canary are shown too.
+    """
+    settings = configuration.load(config)
+    repository = _repository(settings)
+    if version is None and not stop:
+        _answer_trial(repository, product, as_json, settings)
+        return
+    if version is not None and stop:
+        raise ConfigError("--stop takes no version: there is one trial of a product at most")
+    by, share = _author(author), _percent(percent)
+    with repository.locked(), ModelControl(settings.triton) as control:
+        if version is None:
+            rollout = stop_trial(repository, control, product, by=by, reason=reason)
+            ended = {"product": product, "version": rollout.version, "mode": rollout.mode}
+            answer(ended, as_json, f"{product}: the {rollout.mode} of version {rollout.version} is ended")
+            return
+        try_beside(repository, control, product, version, mode="shadow", percent=share, by=by, reason=reason)
+        _answer_trial(repository, product, as_json)
 
 
 @models_app.command("rollback")
 def models_rollback(
     product: Product, reason: Reason = "", author: Author = "", config: Config = CONFIG_FILE, as_json: Json = False
 ) -> None:
-    """Serve the version again that was promoted before."""
+    """Take a canary back; without one, serve the version again that was promoted before."""
     settings = configuration.load(config)
     repository, by = _repository(settings), _author(author)
     with repository.locked(), ModelControl(settings.triton) as control:
@@ -134,12 +178,14 @@ def _rows(repository: ModelRepository, product: str) -> list[dict[str, Any]]:
     promoted, pushed = repository.promoted(product), repository.pushed(product)
     if promoted is not None:
         pushed = dict(sorted(({promoted.version: promoted} | pushed).items()))
-    back = before(repository.history(product))
+    back, rollout = before(repository.history(product)), repository.rollout(product)
     rows = []
     for version, release in pushed.items():
         state = "served" if promoted is not None and version == promoted.version else "pushed"
         if version == back and state == "pushed":
             state = "before"
+        if rollout is not None and version == rollout.version and state != "served":
+            state = f"{rollout.mode} {rollout.percent:g} %"
         row: dict[str, Any] = {"product": product, "version": version, "state": state}
         if isinstance(release, CheckError):
             rows.append(row | {"state": "broken", "method": str(release)})
@@ -163,6 +209,30 @@ def _document(release: Release) -> dict[str, Any]:
 def _answer_served(release: Release, control: ModelControl, as_json: bool) -> None:
     text = f"{release.product} version {release.version} is served by {', '.join(control.addresses)}"
     answer(_document(release) | {"replicas": control.addresses}, as_json, text)
+
+
+def _answer_trial(repository: ModelRepository, product: str, as_json: bool, settings: LineConfig | None = None) -> None:
+    """Say what is tried of a product and, with the line's settings, what its workers told of it."""
+    rollout = repository.rollout(product)
+    if rollout is None:
+        raise CheckError(f"no version of {product} is on trial", hint="`logicrd models shadow PRODUCT VERSION`")
+    share = f"{rollout.percent:g} % of the parts"
+    text = f"{product} version {rollout.version} is the {rollout.mode} of {share}; workers begin within seconds"
+    if settings is None:
+        answer({"product": product, **rollout.model_dump(mode="json")}, as_json, text)
+        return
+    source = f"/{settings.site}/{settings.area}/{settings.line}"
+    rows = candidate_figures(settings.kafka, source, product, rollout.model_sha256)
+    total = {name: sum(row[name] for row in rows) for name in FIGURES}
+    table = table_of([*rows, {"worker": "all", **total}], ["worker", *FIGURES, "refused", "told"])
+    table.title = f"{product} version {rollout.version}: {rollout.mode} of {share}"
+    answer({"product": product, **rollout.model_dump(mode="json"), **total, "workers": rows}, as_json, table)
+
+
+def _percent(given: float) -> float:
+    if not 0 < given <= 100:
+        raise ConfigError(f"{given:g} is not a percentage of parts", hint="a number above 0, 100 at most")
+    return given
 
 
 def _author(given: str) -> str:

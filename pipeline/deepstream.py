@@ -20,10 +20,10 @@ import yaml
 from pipeline.cameras import RtspCamera
 from pipeline.config import LineConfig
 from pipeline.errors import ConfigError
-from pipeline.inference import INPUT, OUTPUTS
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.networks import refusals
 from pipeline.sources.deepstream import MUX, GraphFrameError, GraphPipe, Node, multi_source
+from pipeline.tensors import INPUT, OUTPUTS
 from pipeline.types import Cause, Frame, Inference, Model, Scores
 
 FIRST_PORT = 9000

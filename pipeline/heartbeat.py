@@ -18,8 +18,9 @@ from pipeline.events import Encoder, Event
 from pipeline.health import Health
 from pipeline.manifest import Manifest
 from pipeline.metrics import Metrics
+from pipeline.rollouts import Rollout
 from pipeline.thresholds import ThresholdCache
-from pipeline.wire import HeartbeatData, WorkerCameraData, WorkerModelData, WorkerStageData
+from pipeline.wire import HeartbeatData, WorkerCameraData, WorkerCandidateData, WorkerModelData, WorkerStageData
 
 _STAGE = "heartbeat"
 _TURN_S = 1.0
@@ -38,6 +39,7 @@ class Heartbeat:
         *,
         epoch: Callable[[], int | None],
         refused: Callable[[str], str],
+        candidate: Callable[[str], tuple[Rollout, str] | None],
         encoder: Encoder,
         put: Callable[[Event], None],
         metrics: Metrics,
@@ -48,6 +50,7 @@ class Heartbeat:
         self._thresholds = thresholds
         self._epoch = epoch
         self._refused = refused
+        self._candidate = candidate
         self._encoder = encoder
         self._put = put
         self._metrics = metrics
@@ -120,8 +123,27 @@ class Heartbeat:
                     threshold_version=None if (limit := limits[product]) is None else limit.version,
                     threshold_source=None if limit is None else limit.source.value,
                     refused=self._refused(product),
+                    candidate=self._tried(product),
                 )
                 for product, manifest in self._manifests.items()
             ],
             epoch=self._epoch(),
+        )
+
+    def _tried(self, product: str) -> WorkerCandidateData | None:
+        if (found := self._candidate(product)) is None:
+            return None
+        rollout, fault = found
+        name, labels = "inspection_candidate_views_total", {"product": product, "version": str(rollout.version)}
+        views = {
+            outcome: int(self._metrics.registry.get_sample_value(name, {**labels, "outcome": outcome}) or 0)
+            for outcome in ("judged", "agreed", "disagreed", "failed", "dropped")
+        }
+        return WorkerCandidateData(
+            version=str(rollout.version),
+            sha256=rollout.model_sha256,
+            mode=rollout.mode,
+            percent=rollout.percent,
+            refused=fault,
+            **views,
         )

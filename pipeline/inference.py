@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import structlog
 from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedOutput, InferResult
 from tritonclient.utils import InferenceServerException
@@ -26,28 +24,33 @@ from pipeline.health import Health
 from pipeline.manifest import Manifest, ensemble_of
 from pipeline.metrics import Metrics
 from pipeline.replicas import ReplicaPool, Resolve
+from pipeline.rollouts import Rollout
 from pipeline.servers import Triton as TritonSettings
-from pipeline.types import Batch, Cause, Image, Inference, Model, Scores
+from pipeline.tensors import OUTPUTS, input_of, mismatch, pictures_of, signature_faults, tensor
+from pipeline.types import Batch, Cause, Inference, Scores
+from pipeline.verdict import finite
+from pipeline.versions import Version, version_of
 
-INPUT = "image"
-OUTPUTS = ("score", "map_score", "mahalanobis", "anomaly_map")
 _SHORTEST_CALL_S = 0.02
 _READY_TIMEOUT_S = 2.0
 _METADATA_TIMEOUT_S = 5.0
 _CANARY_TIMEOUT_S = 5.0
+_MOST_FAILURES = 3
 
 Done = Callable[[list[Inference]], None]
 
 log = structlog.get_logger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class _Version:
-    """A version of a product, and the name of the ensemble that serves it now."""
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A batch on its way; `failed` is the replica that did not answer the first time."""
 
-    manifest: Manifest
-    ensemble: str
-    model: Model
+    batch: Batch
+    version: Version
+    tensor: InferInput
+    done: Done
+    failed: Replica | None = None
 
 
 class InferenceClient:
@@ -63,11 +66,13 @@ class InferenceClient:
         resolve: Resolve = replicas.resolve,
     ) -> None:
         self._settings = settings
-        self._versions = {name: _version(manifest) for name, manifest in manifests.items()}
+        self._versions = {name: version_of(manifest) for name, manifest in manifests.items()}
         # Of the start: products that a replica may lack, those that one has, and what is wrong with the others.
         self._optional: frozenset[str] = frozenset()
         self._served: set[str] = set()
         self._faults: dict[str, str] = {}
+        self._candidates: dict[str, Version] = {}
+        self._metrics = metrics
         self._outputs = [InferRequestedOutput(name) for name in OUTPUTS]
         self._health = health
         self._pool = ReplicaPool(settings, self._probe, metrics=metrics, health=health, resolve=resolve)
@@ -94,7 +99,7 @@ class InferenceClient:
     def check(self, manifest: Manifest) -> str:
         """Say why a version cannot be taken, '' when every replica in use serves it and has judged a black picture of
         it. Blocks for the probes."""
-        in_use, version = self._pool.in_use(), _version(manifest)
+        in_use, version = self._pool.in_use(), version_of(manifest)
         for replica, client in in_use:
             for look in (self._signature, self._canary):
                 finding, words = look(client, version)
@@ -104,7 +109,25 @@ class InferenceClient:
 
     def take(self, manifest: Manifest) -> None:
         """Send a product's batches to this version from now on; every replica has to serve it."""
-        self._versions = {**self._versions, manifest.product: _version(manifest)}
+        self._versions = {**self._versions, manifest.product: version_of(manifest)}
+
+    def offer(self, manifest: Manifest, rollout: Rollout) -> None:
+        """Let a version that was checked be tried on a share of its product's parts."""
+        version = replace(version_of(manifest), rollout=rollout)
+        self._candidates = {**self._candidates, manifest.product: version}
+
+    def withdraw(self, product: str) -> None:
+        """Try no version of a product any more."""
+        self._candidates = {name: version for name, version in self._candidates.items() if name != product}
+
+    def candidate_fault(self, product: str) -> str:
+        """Say why the version on trial is tried no longer; '' while it is."""
+        version = self._candidates.get(product)
+        return "" if version is None else version.fault
+
+    def shadow(self, product: str) -> Rollout | None:
+        """Give what is tried of a product without giving verdicts; None when nothing is."""
+        return None if (version := self._tried(product, "shadow")) is None else version.rollout
 
     def require_all(self) -> list[str]:
         """Give the address of every replica; raises as `start` does when one of them is not good."""
@@ -121,58 +144,136 @@ class InferenceClient:
     def submit(self, batch: Batch, done: Done) -> None:
         """Send a batch; `done` gets one inference a frame, later, on another thread.
 
-        The call's deadline is that of the youngest frame; an older one is given up by whoever watches deadlines.
+        The call's deadline is that of the youngest frame; an older one is given up by whoever watches deadlines. Parts
+        of a canary go to the candidate, in a request of their own: then `done` is called twice.
         """
-        tensor = _input(np.stack([frame.image for frame in batch.frames if frame.image is not None]))
-        self._send(batch, self._versions[batch.product], tensor, done)
+        stable, canary = self._versions[batch.product], self._tried(batch.product, "canary")
+        if canary is None or canary.rollout is None:
+            self._send(_Request(batch, stable, pictures_of(batch), done))
+            return
+        takes = canary.rollout.takes
+        for version, is_canary in ((stable, False), (canary, True)):
+            frames = tuple(frame for frame in batch.frames if takes(frame.part_id) is is_canary)
+            if frames:
+                part = Batch(batch.product, frames)
+                self._send(_Request(part, version, pictures_of(part), done))
 
-    def _send(
-        self, batch: Batch, version: _Version, tensor: InferInput, done: Done, failed: Replica | None = None
+    def submit_beside(self, batch: Batch, done: Done) -> bool:
+        """Let the shadow judge a batch, if a replica has nothing else to do; says whether it will."""
+        version = self._tried(batch.product, "shadow")
+        if version is None or not self._pool.is_idle():
+            return False
+        self._send(_Request(batch, version, pictures_of(batch), done))
+        return True
+
+    def _tried(self, product: str, mode: str) -> Version | None:
+        version = self._candidates.get(product)
+        if version is None or version.rollout is None or version.rollout.mode != mode or version.fault:
+            return None
+        return version
+
+    def _send(self, request: _Request) -> None:
+        """Send a batch to the next replica."""
+        frames = request.batch.frames
+        if max(frame.deadline_s for frame in frames) - time.monotonic() < _SHORTEST_CALL_S:
+            request.done([Inference(frame, cause=Cause.DEADLINE) for frame in frames])
+        elif (taken := self._pool.take(avoid=request.failed)) is None:
+            request.done([Inference(frame, cause=Cause.TRITON_UNAVAILABLE) for frame in frames])
+        else:
+            self._ask(request, *taken)
+
+    def _ask(
+        self,
+        request: _Request,
+        replica: Replica,
+        client: InferenceServerClient,
+        first: list[Inference] | None = None,
     ) -> None:
-        """Send a batch to the next replica; `failed` is the one that did not answer the first time."""
+        """Ask a replica, and again where it may serve the version by its other name; `first` is what it said then."""
+        batch, version, ensemble = request.batch, request.version, request.version.ensemble_at(client)
         sent_s = time.monotonic()
-        remaining_s = max(frame.deadline_s for frame in batch.frames) - sent_s
-        if remaining_s < _SHORTEST_CALL_S:
-            done([Inference(frame, cause=Cause.DEADLINE) for frame in batch.frames])
-            return
-        if (taken := self._pool.take(avoid=failed)) is None:
-            done([Inference(frame, cause=Cause.TRITON_UNAVAILABLE) for frame in batch.frames])
-            return
-        replica, client = taken
-        ensemble = version.ensemble
+        remaining_s = max(_SHORTEST_CALL_S, max(frame.deadline_s for frame in batch.frames) - sent_s)
+        if version.rollout is not None:  # what is left is for the version in force, if this one is too slow
+            remaining_s /= 2
 
         def answered(result: InferResult | None, error: InferenceServerException | None) -> None:
             inferences, fault, words = self._read(batch, version, result, error, sent_s)
-            moved = failed is None and fault is Fault.SICK and self._moved(version, ensemble, result, words)
-            again = self._pool.give_back(replica, None if moved else fault, words, first_try=failed is None) or moved
-            if fault is not None:
-                mismatch = result is not None and not again
-                tell = log.error if mismatch else log.debug
-                tell("inference failed", product=batch.product, replica=replica.address, error=words)
-            if again:
-                self._send(batch, version, tensor, done, failed=replica)
+            answers = None if result is None else str(result.get_response().model_version)
+            if version.rollout is not None and self._failed(version, inferences, fault, words):
+                self._give_up(request, replica, inferences)
+            elif first is None and fault is Fault.SICK and version.has_moved(client, ensemble, answers, words):
+                self._ask(request, replica, client, inferences)
+            elif first is not None and is_unknown(words):
+                self._finish(request, replica, first, fault, words)
             else:
-                done(inferences)
+                self._finish(request, replica, inferences, fault, words)
 
         try:
             client.async_infer(
                 ensemble,
-                [tensor],
+                [request.tensor],
                 answered,
                 outputs=self._outputs,
                 client_timeout=remaining_s,
                 timeout=int(remaining_s * 1e6),  # in the server's queues, which a cancelled call may stay in
-                headers=None if (request := _request(batch)) is None else {"traceparent": request},
+                headers=None if (trace := _request(batch)) is None else {"traceparent": trace},
             )
         except (InferenceServerException, ValueError) as error:  # ValueError: the channel is closed
             log.debug("inference not sent", product=batch.product, replica=replica.address, error=str(error))
             self._pool.give_back(replica, Fault.GONE, str(error), first_try=False)
-            done([Inference(frame, cause=Cause.TRITON_UNAVAILABLE, sent_s=sent_s) for frame in batch.frames])
+            request.done([Inference(frame, cause=Cause.TRITON_UNAVAILABLE, sent_s=sent_s) for frame in batch.frames])
+
+    def _finish(
+        self, request: _Request, replica: Replica, inferences: list[Inference], fault: Fault | None, words: str
+    ) -> None:
+        """Hand the answers over, or send the batch once more."""
+        again = self._pool.give_back(replica, fault, words, first_try=request.failed is None)
+        if fault is not None:
+            tell = log.error if inferences[0].cause is Cause.MODEL_MISMATCH else log.debug
+            tell("inference failed", product=request.batch.product, replica=replica.address, error=words)
+        if again:
+            self._send(replace(request, failed=replica))
+        else:
+            request.done(inferences)
+
+    def _give_up(self, request: _Request, replica: Replica, inferences: list[Inference]) -> None:
+        """Let the version in force judge what a canary could not; a shadow is not missed."""
+        self._pool.give_back(replica, None, "", first_try=False)  # it is not the replica's fault
+        if request.version.rollout is not None and request.version.rollout.mode == "canary":
+            self._send(replace(request, version=self._versions[request.batch.product], failed=None))
+        else:
+            request.done(inferences)
+
+    def _failed(self, version: Version, inferences: list[Inference], fault: Fault | None, words: str) -> bool:
+        """Count what a version on trial did with a batch; says whether it failed it. After some in a row it is tried no
+        longer by this worker."""
+        product = version.manifest.product
+        if fault in (Fault.GONE, Fault.BUSY):  # of the replica, which is any version's
+            return False
+        if fault is None and not all(finite(each.scores) for each in inferences if each.scores is not None):
+            fault, words = Fault.SICK, "a score is not finite"
+        is_canary = version.rollout is not None and version.rollout.mode == "canary"
+        if fault is None:
+            version.failures = 0
+            if is_canary:
+                self._count(version, "judged", inferences)
+            return False
+        version.failures += 1
+        if is_canary:
+            self._count(version, "failed", inferences)
+        if version.failures >= _MOST_FAILURES and not version.fault:
+            version.fault = f"failed {_MOST_FAILURES} batches in a row: {words}"
+            log.error("version on trial given up", product=product, version=version.manifest.version, error=words)
+        return True
+
+    def _count(self, version: Version, outcome: str, inferences: list[Inference]) -> None:
+        labels = (version.manifest.product, str(version.manifest.version), outcome)
+        self._metrics.candidates.labels(*labels).inc(len(inferences))
 
     def _read(
         self,
         batch: Batch,
-        version: _Version,
+        version: Version,
         result: InferResult | None,
         error: InferenceServerException | None,
         sent_s: float,
@@ -183,27 +284,14 @@ class InferenceClient:
             fault = Fault.SICK if error is None else fault_of(_status(error), words)
             cause = Cause.DEADLINE if fault is Fault.LATE else Cause.TRITON_UNAVAILABLE
             return [Inference(frame, cause=cause, sent_s=sent_s) for frame in batch.frames], fault, words
-        if mismatch := _mismatch(version.manifest, len(batch.frames), result):
+        if why := mismatch(version.manifest, len(batch.frames), result):
             inferences = [Inference(frame, cause=Cause.MODEL_MISMATCH, sent_s=sent_s) for frame in batch.frames]
-            return inferences, Fault.SICK, mismatch
+            return inferences, Fault.SICK, why
         return self._scores(batch, version, result, sent_s), None, ""
 
-    def _moved(self, version: _Version, asked: str, result: InferResult | None, words: str) -> bool:
-        """Whether the ensemble that was asked serves another version now, or none; then the other name is asked from
-        here on: a promotion leaves the version before under a name of its own."""
-        manifest = version.manifest
-        answers = None if result is None else result.get_response().model_version
-        if answers == str(manifest.version) or (answers is None and not is_unknown(words)):
-            return False
-        other = manifest.product if asked != manifest.product else ensemble_of(manifest.product, manifest.version)
-        if version.ensemble == asked:
-            version.ensemble = other
-            log.debug("version asked for by another name", version=manifest.version, ensemble=other, was=asked)
-        return True
-
-    def _scores(self, batch: Batch, version: _Version, result: InferResult, sent_s: float) -> list[Inference]:
+    def _scores(self, batch: Batch, version: Version, result: InferResult, sent_s: float) -> list[Inference]:
         received_s = time.monotonic()
-        score, map_score, distance, anomaly_map = (_tensor(result, name) for name in OUTPUTS)
+        score, map_score, distance, anomaly_map = (tensor(result, name) for name in OUTPUTS)
         request = _request(batch)
         return [
             Inference(
@@ -238,17 +326,15 @@ class InferenceClient:
         self._served |= versions.keys() - lacking
         return Finding.GOOD, ""
 
-    def _signature(self, client: InferenceServerClient, version: _Version) -> tuple[Finding, str]:
+    def _signature(self, client: InferenceServerClient, version: Version) -> tuple[Finding, str]:
         """Find the ensemble of a version: that of the product, or where it serves another one, the version's own."""
         manifest = version.manifest
         finding, words, other = self._signature_at(client, manifest, manifest.product)
-        ensemble = manifest.product
-        if other:
-            ensemble = ensemble_of(manifest.product, manifest.version)
-            if self._signature_at(client, manifest, ensemble)[0] is Finding.GOOD:
-                finding, words = Finding.GOOD, ""
-        if finding is Finding.GOOD:
-            version.ensemble = ensemble
+        own = ensemble_of(manifest.product, manifest.version)
+        if other and self._signature_at(client, manifest, own)[0] is Finding.GOOD:
+            version.moved.add(client)
+            return Finding.GOOD, ""
+        version.moved.discard(client)
         return finding, words
 
     def _signature_at(
@@ -267,12 +353,17 @@ class InferenceClient:
             return Finding.REFUSED, words, True
         return Finding.GOOD, "", False
 
-    def _canary(self, client: InferenceServerClient, version: _Version) -> tuple[Finding, str]:
+    def _canary(self, client: InferenceServerClient, version: Version) -> tuple[Finding, str]:
         """Let a replica judge a black picture; one that is only late or full is not at fault."""
         manifest = version.manifest
         picture = np.zeros((1, manifest.input.height, manifest.input.width, 3), np.uint8)
         try:
-            client.infer(version.ensemble, [_input(picture)], outputs=self._outputs, client_timeout=_CANARY_TIMEOUT_S)
+            client.infer(
+                version.ensemble_at(client),
+                [input_of(picture)],
+                outputs=self._outputs,
+                client_timeout=_CANARY_TIMEOUT_S,
+            )
         except (InferenceServerException, ValueError) as error:
             words = f"a black picture of product {manifest.product!r} failed: {_words(error)}"
             known = isinstance(error, InferenceServerException)
@@ -294,65 +385,9 @@ def _readiness(client: InferenceServerClient) -> tuple[Finding, str]:
     return (Finding.GOOD, "") if ready else (Finding.FAILED, "is not ready")
 
 
-def signature_faults(metadata: Mapping[str, Any], manifest: Manifest) -> list[str]:
-    """Compare Triton's model metadata with a manifest; gives one sentence a difference, none when it fits."""
-    size = [manifest.input.height, manifest.input.width, 3]
-    expected = {f"input {INPUT}": ("UINT8", size)}
-    expected |= {f"output {name}": ("FP32", [1]) for name in OUTPUTS[:3]}
-    expected[f"output {OUTPUTS[3]}"] = ("FP32", list(manifest.map_shape))
-    actual = {
-        f"{side[:-1]} {tensor['name']}": (tensor["datatype"], [int(size) for size in tensor["shape"]][1:])
-        for side in ("inputs", "outputs")
-        for tensor in metadata.get(side, [])
-    }
-    faults = [
-        f"{name} is {_shown(actual.get(name))}, not {_shown(kind)}"
-        for name, kind in expected.items()
-        if actual.get(name) != kind
-    ]
-    faults += [f"{name} is asked for" for name in actual if name.startswith("input") and name not in expected]
-    if (versions := metadata.get("versions")) and str(manifest.version) not in versions:
-        faults.append(f"version {', '.join(versions)} is loaded, not {manifest.version}")
-    return faults
-
-
-def _version(manifest: Manifest) -> _Version:
-    model = Model(manifest.product, str(manifest.version), manifest.model_sha256)
-    return _Version(manifest, manifest.product, model)
-
-
-def _mismatch(manifest: Manifest, count: int, result: InferResult) -> str:
-    """Compare an answer's version and shapes with the manifest's; '' when they fit.
-
-    A replica that was started anew behind the same address may serve another version from one batch to the next.
-    """
-    version = result.get_response().model_version
-    if version != str(manifest.version):
-        return f"version {version} answers, not {manifest.version}"
-    shapes = [_tensor(result, name).shape for name in OUTPUTS]
-    if shapes != [(count, 1)] * 3 + [(count, *manifest.map_shape)]:
-        return f"tensors of the shapes {shapes}"
-    return ""
-
-
-def _tensor(result: InferResult, name: str) -> npt.NDArray[np.float32]:
-    tensor: npt.NDArray[np.float32] | None = result.as_numpy(name)
-    return tensor if tensor is not None else np.empty(0, np.float32)
-
-
-def _shown(kind: tuple[str, list[int]] | None) -> str:
-    return "absent" if kind is None else f"{kind[0]} {kind[1]}"
-
-
 def _status(error: InferenceServerException) -> str:
     return str(error.status()).removeprefix("StatusCode.")
 
 
 def _words(error: InferenceServerException | ValueError) -> str:
     return str(error.message() or "") if isinstance(error, InferenceServerException) else str(error)
-
-
-def _input(images: Image) -> InferInput:
-    tensor = InferInput(INPUT, list(images.shape), "UINT8")
-    tensor.set_data_from_numpy(images)
-    return tensor

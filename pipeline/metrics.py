@@ -190,11 +190,11 @@ class Metrics:
             "inspection_threshold_age_seconds", "Since the last good read of Redis", registry=registry
         )
         self._unused = Gauge("inspection_threshold_unused", "Record not used", ["product", "reason"], registry=registry)
-        self._versions_refused = Gauge(
-            "inspection_version_refused",
-            "1 while a promoted version is not judged with",
-            ["product"],
-            registry=registry,
+        self.candidates = Counter(
+            "inspection_candidate_views", "Views on trial", ["product", "version", "outcome"], registry=registry
+        )
+        self.versions_refused = Gauge(
+            "inspection_version_refused", "1 while what was promoted is not used", ["product"], registry=registry
         )
 
     def camera(self, camera_id: str, *, product: str, station: str) -> None:
@@ -322,10 +322,6 @@ class Metrics:
             self._unused.labels(product, before).set(0)
         if now:
             self._unused.labels(product, now).set(1)
-
-    def version_refused(self, product: str, *, refused: bool) -> None:
-        """Note whether the version that was promoted last cannot be judged with, so that the one before is."""
-        self._versions_refused.labels(product).set(refused)
 
     def acknowledged(self, *, is_part: bool) -> None:
         """Count an event that Kafka has confirmed."""

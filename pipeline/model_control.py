@@ -23,10 +23,11 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from pipeline import replicas
 from pipeline.cameras import read_secret
 from pipeline.errors import CheckError, ConfigError, DependencyError, LineError
-from pipeline.inference import INPUT, OUTPUTS, signature_faults
+from pipeline.manifest import ensemble_of
 from pipeline.releases import TEACHER_VERSION, ModelConfig, Release, is_ensemble, pinned
 from pipeline.replicas import Resolve
 from pipeline.servers import Triton as TritonSettings
+from pipeline.tensors import INPUT, OUTPUTS, signature_faults
 
 KEY_HEADER = "triton-grpc-protocol-logicrd"
 _TRIAL = ".trial"
@@ -129,21 +130,21 @@ class ModelControl:
                         self._forget(address, model + _TRIAL)
         return scores
 
-    def prove(self, release: Release, scores: Scores) -> None:
-        """Raise CheckError unless every replica's ensemble is the one that was tried."""
+    def prove(self, release: Release, scores: Scores, ensemble: str) -> None:
+        """Raise CheckError unless every replica's ensemble of that name is the one that was tried."""
         for address in self._clients:
-            metadata = self._call(address, release.product, lambda client: client.get_model_metadata(
-                release.product, as_json=True, headers=self._headers, client_timeout=_READY_TIMEOUT_S
+            metadata = self._call(address, ensemble, lambda client: client.get_model_metadata(
+                ensemble, as_json=True, headers=self._headers, client_timeout=_READY_TIMEOUT_S
             ))  # fmt: skip
             faults = signature_faults(metadata, release)
-            tensors, version = self._infer(address, release.product, {INPUT: _picture(release)}, OUTPUTS)
+            tensors, version = self._infer(address, ensemble, {INPUT: _picture(release)}, OUTPUTS)
             score, tried = float(tensors["score"].ravel()[0]), scores[address]
             if version != str(release.version):
                 faults.append(f"version {version} answers, not {release.version}")
             if not math.isclose(score, tried, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE):
                 faults.append(f"it scores the trial's picture {score:.3f}, not {tried:.3f} as in the trial")
             if faults:
-                raise CheckError(f"Triton at {address}: {release.product}: {'; '.join(faults)}")
+                raise CheckError(f"Triton at {address}: {ensemble}: {'; '.join(faults)}")
 
     # One replica
 
@@ -160,7 +161,7 @@ class ModelControl:
     def _judge(self, address: str, release: Release, configs: Mapping[str, ModelConfig]) -> float:
         """Let the trial's models judge a picture, each with what the ones before gave, as the ensemble joins them."""
         tensors: dict[str, Array] = {INPUT: _picture(release)}
-        for step in configs[release.product].ensemble_scheduling.step:
+        for step in configs[ensemble_of(release.product, release.version)].ensemble_scheduling.step:
             inputs = {name: tensors[tensor] for name, tensor in step.input_map.items()}
             outputs, _ = self._infer(address, step.model_name + _TRIAL, inputs, step.output_map)
             tensors |= {step.output_map[name]: tensor for name, tensor in outputs.items()}

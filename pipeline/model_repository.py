@@ -42,6 +42,7 @@ from pipeline.releases import (
     steps_of,
     versions_of,
 )
+from pipeline.rollouts import Rollout, read_rollout
 from pipeline.signatures import SUFFIX, fault_of_signature
 
 _SIGNATURE = MANIFEST + SUFFIX
@@ -145,6 +146,15 @@ class ModelRepository:
         paths = (tree / path for path in release.files if path.startswith(f"{model}/"))
         return {path.name: path for path in paths if path.name != CONFIG}
 
+    def own_steps(self, release: Release) -> list[str]:
+        """Name the models of a served version's steps but for its teacher, which products share."""
+        ensemble = self.config(release.product)
+        return [step for step in steps_of(ensemble) if step != release.teacher.model] if ensemble is not None else []
+
+    def rollout(self, product: str) -> Rollout | None:
+        """Read which version is tried beside the one in force; None when none is. Raises ConfigError."""
+        return read_rollout(self.models, product)
+
     # What changes it
 
     def push(self, source: Path) -> tuple[Release, bool]:
@@ -199,7 +209,7 @@ class ModelRepository:
 
     def pin(self, release: Release) -> None:
         """Let the configurations of the served version name it, so that a newer folder beside it is never taken."""
-        for model in (release.product, *self._own_steps(release)):
+        for model in (release.product, *self.own_steps(release)):
             config = self.config(model)
             if config is None:
                 raise CheckError(f"model repository {self.models}: {model} of {release.product} is not there")
@@ -233,10 +243,6 @@ class ModelRepository:
         replace(path, before + event.model_dump_json().encode() + b"\n")
 
     # Parts
-
-    def _own_steps(self, release: Release) -> list[str]:
-        ensemble = self.config(release.product)
-        return [step for step in steps_of(ensemble) if step != release.teacher.model] if ensemble is not None else []
 
     def _take(self, source: Path, release: Release, *, adopted: bool) -> bool:
         target = self.tree(release.product, release.version)

@@ -5,24 +5,28 @@ picture; only then are its folders linked into the model repository, its steps l
 ensemble switched to them. Each step of a promoted ensemble is named by number, so no answer is made by two versions.
 Both versions also have an ensemble of their own name, so that a worker goes on with the one before until it has taken
 the new one.
-What a killed command leaves serves one whole version; the same command again completes it. Called by the commands.
+A version on trial is loaded in the same way, but the product's ensemble is not switched to it. What a killed command
+leaves serves one whole version; the same command again completes it. Called by the commands.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from pipeline.errors import CheckError
+from pipeline.manifest import ensemble_of, other_pictures
 from pipeline.model_control import ModelControl, Scores
 from pipeline.model_repository import ModelRepository
 from pipeline.releases import (
     CONFIG,
     MANIFEST,
+    Action,
     Event,
     ModelConfig,
     Release,
@@ -33,7 +37,9 @@ from pipeline.releases import (
     is_addressed,
     is_ensemble,
     pinned,
+    versions_of,
 )
+from pipeline.rollouts import CANDIDATE, ROLLOUT, Rollout
 from pipeline.signatures import SUFFIX
 
 
@@ -48,9 +54,15 @@ class Plan:
 
 
 @dataclass(slots=True)
-class _Done:
-    """What was changed so far: files with their former content, and new folders."""
+class _Work:
+    """One change, and what was done of it so far: files with their former content, and new folders."""
 
+    repository: ModelRepository
+    control: ModelControl
+    release: Release
+    current: Release | None
+    plan: Plan
+    scores: Scores = field(default_factory=dict)
     files: list[tuple[str, str, bytes | None]] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
 
@@ -102,107 +114,208 @@ def promote(
     `interrupt` allows a version whose tensors differ: the product is not served while its steps are loaded. Raises
     CheckError with everything as it was, and says so if a replica could not be told.
     """
-    release = repository.checked(product, version)
-    current = repository.promoted(product)
-    repository.adopt(product)
-    pushed = repository.configs(release)
-    plan = plan_of(release, pushed, {model: repository.config(model) for model in pushed}, current)
-    if plan.interrupts and not interrupt:
+    _require_no_other(repository, product, version)
+    work = _prepare(repository, control, product, version)
+    if work.plan.interrupts and not interrupt:
         raise CheckError(
             f"{product} version {version} has other tensors than the served one: they cannot be loaded side by side",
             hint="--interrupt: its parts are UNINSPECTED while it is loaded",
         )
-    files = {model: repository.weights(release, model) for model in pushed}
-    scores = control.try_out(release, plan.configs, files)
-    if current is not None:
-        repository.pin(current)
-        control.load(product)
-    done = _Done()
-    previous = current.version if current is not None and current.version != version else None
-    event = Event(
-        at=datetime.now(UTC).isoformat(timespec="seconds"),
-        action=action,
-        version=version,
-        previous=previous,
-        by=by,
-        reason=reason,
-        model_sha256=release.model_sha256,
-    )
-    try:
-        _switch(repository, control, release, plan, done, scores)
-        _write_manifest(repository, release, done)
+    previous = work.current.version if work.current is not None and work.current.version != version else None
+    event = _event(action, version, previous, by, reason, work.release.model_sha256)
+    with _all_or_nothing(work):
+        _switch(work, product)
+        _write_manifest(work)
+        for name in (ROLLOUT, CANDIDATE, CANDIDATE + SUFFIX):
+            _remove(work, name)
         repository.record(product, event)
-    except BaseException as error:  # whatever it was, also Ctrl-C: what was served is served again
-        faults = _undo(repository, control, plan, done)
-        if faults:
-            words = f"{error}; put back on disk, but not everywhere in memory: {'; '.join(faults)}"
-            raise CheckError(words, hint="restart those replicas") from error
-        raise
-    return release
+    return work.release
+
+
+def try_beside(
+    repository: ModelRepository,
+    control: ModelControl,
+    product: str,
+    version: int,
+    *,
+    mode: Literal["canary", "shadow"],
+    percent: float,
+    by: str,
+    reason: str,
+) -> Release:
+    """Let workers try a pushed version on a share of the product's parts, beside the one in force; gives it.
+
+    Blocks until every replica serves both. Raises CheckError as `promote` does, and where the two cannot be served at
+    once.
+    """
+    _require_no_other(repository, product, version)
+    work = _prepare(repository, control, product, version)
+    if work.current is None or work.current.version == version:
+        raise CheckError(f"{product} version {version} has nothing to be tried beside", hint="promote another one")
+    others = other_pictures(work.release, work.current) or ("tensors" if work.plan.interrupts else "")
+    if others:
+        raise CheckError(f"{product} version {version} has other {others} than the served one", hint="promote it whole")
+    event = _event(mode, version, None, by, reason, work.release.model_sha256)
+    words = event.model_dump(include={"version", "model_sha256", "at", "by", "reason"})
+    rollout = Rollout(mode=mode, percent=percent, **words)
+    del work.plan.configs[product]
+    with _all_or_nothing(work):
+        _switch(work, ensemble_of(product, version))
+        _write_manifest(work, CANDIDATE)
+        _write(work, product, ROLLOUT, rollout.model_dump_json().encode())
+        repository.record(product, event)
+    return work.release
+
+
+def stop_trial(repository: ModelRepository, control: ModelControl, product: str, *, by: str, reason: str) -> Rollout:
+    """Let the version in force judge every part again, and unload the one on trial; gives what was tried.
+
+    Raises CheckError where none is on trial, and when a replica could not be told: workers use it no more even then.
+    """
+    rollout, current = repository.rollout(product), repository.promoted(product)
+    if rollout is None or current is None:
+        raise CheckError(f"no version of {product} is on trial", hint="`logicrd models list` shows what is")
+    for name in (ROLLOUT, CANDIDATE, CANDIDATE + SUFFIX):
+        (repository.models / product / name).unlink(missing_ok=True)
+    repository.record(product, _event("stop", rollout.version, None, by, reason, rollout.model_sha256))
+    _forget(repository, control, ensemble_of(product, rollout.version))
+    for model in repository.own_steps(current):
+        config = repository.config(model)
+        if config is not None and rollout.version in versions_of(config):
+            left = [version for version in versions_of(config) if version != rollout.version]
+            repository.write(model, CONFIG, config_text(pinned(config, current, left)).encode())
+            control.load(model)
+    return rollout
 
 
 def rollback(repository: ModelRepository, control: ModelControl, product: str, *, by: str, reason: str) -> Release:
-    """Promote the version that was promoted before; raises CheckError where there is none."""
+    """Take back a canary, or else promote the version that was promoted before; gives the version in force.
+
+    A shadow ends with it. Raises CheckError where there is nothing to take back.
+    """
+    rollout, current = repository.rollout(product), repository.promoted(product)
+    if rollout is not None:
+        stop_trial(repository, control, product, by=by, reason=reason)
+        if rollout.mode == "canary" and current is not None:
+            return current
     version = before(repository.history(product))
     if version is None:
         raise CheckError(f"{product}: no version was promoted before this one", hint="promote one by its number")
     return promote(repository, control, product, version, by=by, reason=reason, action="rollback", interrupt=True)
 
 
-def _switch(
-    repository: ModelRepository, control: ModelControl, release: Release, plan: Plan, done: _Done, scores: Scores
-) -> None:
+def _require_no_other(repository: ModelRepository, product: str, version: int) -> None:
+    rollout = repository.rollout(product)
+    if rollout is not None and rollout.version != version:
+        raise CheckError(
+            f"{product}: version {rollout.version} is on trial ({rollout.mode})",
+            hint="promote it, or end the trial: `logicrd models rollback` for a canary, `shadow --stop` for a shadow",
+        )
+
+
+def _prepare(repository: ModelRepository, control: ModelControl, product: str, version: int) -> _Work:
+    """Check a version anew, and decide how it would be served. Raises CheckError."""
+    release = repository.checked(product, version)
+    current = repository.promoted(product)
+    repository.adopt(product)
+    pushed = repository.configs(release)
+    plan = plan_of(release, pushed, {model: repository.config(model) for model in pushed}, current)
+    return _Work(repository, control, release, current, plan)
+
+
+def _event(action: Action, version: int, previous: int | None, by: str, reason: str, sha256: str) -> Event:
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    return Event(at=at, action=action, version=version, previous=previous, by=by, reason=reason, model_sha256=sha256)
+
+
+@contextmanager
+def _all_or_nothing(work: _Work) -> Iterator[None]:
+    """Let every replica try a version, and pin what is served to its own number; if what is done inside then fails, put
+    it back on disk and in every replica."""
+    files = {model: work.repository.weights(work.release, model) for model in work.plan.configs}
+    work.scores = work.control.try_out(work.release, work.plan.configs, files)
+    if work.current is not None:
+        work.repository.pin(work.current)
+        work.control.load(work.release.product)
+    try:
+        yield
+    except BaseException as error:  # whatever it was, also Ctrl-C: what was served is served again
+        faults = _undo(work)
+        if faults:
+            words = f"{error}; put back on disk, but not everywhere in memory: {'; '.join(faults)}"
+            raise CheckError(words, hint="restart those replicas") from error
+        raise
+
+
+def _switch(work: _Work, ensemble: str) -> None:
+    """Load a version beside the one that serves, and prove that the ensemble of that name is the one that was tried."""
+    repository, control, release, plan = work.repository, work.control, work.release, work.plan
     for model in repository.addressed(release.product):
         if plan.interrupts or model not in plan.configs:  # its steps go
-            control.unload(model)
-            shutil.rmtree(repository.models / model)
+            _forget(repository, control, model)
     if plan.interrupts:
         control.unload(release.product)
     own = {model: config for model, config in plan.configs.items() if is_addressed(config, release)}
-    _place(repository, release, {model: config for model, config in plan.configs.items() if model not in own}, done)
+    _place(work, {model: config for model, config in plan.configs.items() if model not in own})
     for model, config in plan.configs.items():
         if model in own:  # only now: a server that starts must find the steps that it names
-            _place(repository, release, {model: config}, done)
-        _write(repository, model, CONFIG, config_text(config).encode(), done)
+            _place(work, {model: config})
+        _write(work, model, CONFIG, config_text(config).encode())
         control.load(model)
-    control.prove(release, scores)
+    control.prove(release, work.scores, ensemble)
 
 
-def _place(repository: ModelRepository, release: Release, configs: dict[str, ModelConfig], done: _Done) -> None:
-    for folder in repository.place(release, configs):
-        done.folders.append(folder)  # at once: the next one may fail
+def _forget(repository: ModelRepository, control: ModelControl, ensemble: str) -> None:
+    # The folder first: a server that starts meanwhile must not find an ensemble whose steps go.
+    shutil.rmtree(repository.models / ensemble, ignore_errors=True)
+    control.unload(ensemble)
 
 
-def _write_manifest(repository: ModelRepository, release: Release, done: _Done) -> None:
+def _place(work: _Work, configs: dict[str, ModelConfig]) -> None:
+    for folder in work.repository.place(work.release, configs):
+        work.folders.append(folder)  # at once: the next one may fail
+
+
+def _write_manifest(work: _Work, name: str = MANIFEST) -> None:
     """Tell the lines: they read this file."""
-    signature = repository.read(release, MANIFEST + SUFFIX)
+    signature = work.repository.read(work.release, MANIFEST + SUFFIX)
     if signature is not None:
-        _write(repository, release.product, MANIFEST + SUFFIX, signature, done)
-    _write(repository, release.product, MANIFEST, repository.read(release) or b"", done)
+        _write(work, work.release.product, name + SUFFIX, signature)
+    _write(work, work.release.product, name, work.repository.read(work.release) or b"")
 
 
-def _write(repository: ModelRepository, model: str, name: str, content: bytes, done: _Done) -> None:
+def _write(work: _Work, model: str, name: str, content: bytes) -> None:
     # Noted first: an interrupt in between must not lose what was there.
-    path = repository.models / model / name
-    done.files.append((model, name, path.read_bytes() if path.is_file() else None))
-    repository.write(model, name, content)
+    _note(work, model, name)
+    work.repository.write(model, name, content)
 
 
-def _undo(repository: ModelRepository, control: ModelControl, plan: Plan, done: _Done) -> list[str]:
+def _remove(work: _Work, name: str) -> None:
+    _note(work, work.release.product, name)
+    (work.repository.models / work.release.product / name).unlink(missing_ok=True)
+
+
+def _note(work: _Work, model: str, name: str) -> None:
+    path = work.repository.models / model / name
+    work.files.append((model, name, path.read_bytes() if path.is_file() else None))
+
+
+def _undo(work: _Work) -> list[str]:
     """Put files and folders back, and tell the replicas; gives what went wrong."""
-    new = [model for model in plan.configs if repository.models / model in done.folders]
+    repository, configs = work.repository, work.plan.configs
+    new = [model for model in configs if repository.models / model in work.folders]
     for model in new:
-        if is_ensemble(plan.configs[model]):  # first: what it names goes
+        if is_ensemble(configs[model]):  # first: what it names goes
             shutil.rmtree(repository.models / model, ignore_errors=True)
-    for model, name, content in reversed(done.files):
+    for model, name, content in reversed(work.files):
         if model in new:
             continue
         if content is None:
             (repository.models / model / name).unlink(missing_ok=True)
         else:
             repository.write(model, name, content)
-    kept = [model for model in plan.configs if model not in new]
-    faults = control.put_back(kept, list(reversed(new)))
-    for folder in done.folders:
+    kept = [model for model in configs if model not in new]
+    faults = work.control.put_back(kept, list(reversed(new)))
+    for folder in work.folders:
         shutil.rmtree(folder, ignore_errors=True)
     return faults

@@ -53,13 +53,16 @@ class Release(Manifest):
     files: dict[str, Sha256]
 
 
+Action = Literal["promote", "rollback", "canary", "shadow", "stop"]
+
+
 class Event(BaseModel):
     """One line of a product's history."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     at: str
-    action: Literal["promote", "rollback"]
+    action: Action
     version: int
     previous: int | None = None
     by: str
@@ -205,7 +208,8 @@ def prunable(
     there: Sequence[int], promoted: int, served: Sequence[int], history: Sequence[Event], keep: int
 ) -> list[int]:
     """List the versions to remove: older than the promoted one, not loaded, and none of the `keep` promoted last."""
-    earlier = [event.version for event in reversed(history)] + [event.previous for event in reversed(history)]
+    events = [event for event in reversed(history) if event.action in ("promote", "rollback")]
+    earlier = [event.version for event in events] + [event.previous for event in events]
     last = list(dict.fromkeys(version for version in earlier if version is not None and version != promoted))
     kept = {promoted, *served, *last[:keep]}
     return sorted(version for version in there if version < promoted and version not in kept)

@@ -128,6 +128,11 @@ class ReplicaPool:
         with self._changed:
             return self._changed.wait_for(self._has_room, timeout_s)
 
+    def is_idle(self) -> bool:
+        """Whether a replica in use has nothing to do at this moment."""
+        with self._changed:
+            return any(replica.in_flight == 0 for replica in self._balance.up)
+
     def take(self, avoid: Replica | None = None) -> tuple[Replica, InferenceServerClient] | None:
         """Give the replica for the next request, another than `avoid` where there is one; None when all are down."""
         with self._changed:

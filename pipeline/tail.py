@@ -26,6 +26,9 @@ _SILENT_S = 30.0
 _UNHEARD = timedelta(minutes=5)
 """How long a worker that Kafka cannot reach may go on speaking of cameras that are another's."""
 
+FIGURES = ("judged", "agreed", "disagreed", "failed", "dropped")
+"""What a worker counts of a version on trial, in views: see `WorkerCandidateData`."""
+
 _FARTHEST = 1_000_000
 """How many records of a partition are searched at least before a product counts as rare."""
 
@@ -155,6 +158,27 @@ def camera_states(settings: KafkaSettings, source: str) -> dict[str, dict[str, s
         if camera not in last or not _is_outdated(event, last[camera]):
             last[camera] = event
     return {camera: _state(event) for camera, event in last.items()}
+
+
+def candidate_figures(settings: KafkaSettings, source: str, product: str, model_sha256: str) -> list[dict[str, Any]]:
+    """Give what each worker of a line told last of a version on trial: `worker`, each of `FIGURES`, `refused`, `told`.
+
+    `source` is the line's, `/site/area/line`. Raises DependencyError.
+    """
+    with VerdictReader(settings, topic="status.v1", start="first") as reader:
+        events = [event for event in reader.read_to_end() if "models" in event.get("data", {})]
+    last: dict[str, dict[str, Any]] = {}
+    for event in sorted(events, key=_time):
+        if event["attributes"].get("source") == source:
+            last[str(event["key"])] = event
+    rows = []
+    for event in last.values():
+        models: dict[str, Any] = {model.get("productId"): model for model in event["data"]["models"]}
+        tried = models.get(product, {}).get("candidate") or {}
+        if tried.get("sha256") == model_sha256:
+            told = {"worker": event["data"]["worker"], "refused": tried["refused"], "told": _time(event)}
+            rows.append(told | {name: tried[name] for name in FIGURES})
+    return rows
 
 
 def _is_of_camera(event: dict[str, Any], source: str) -> bool:

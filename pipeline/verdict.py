@@ -30,7 +30,7 @@ def decide(inference: Inference, threshold: Threshold | None, calibration: Calib
     if cause is None and threshold is None:
         cause = Cause.THRESHOLD_MISSING
     scores = inference.scores
-    if cause is None and (scores is None or not _finite(scores)):
+    if cause is None and (scores is None or not finite(scores)):
         cause = Cause.SCORE_NOT_FINITE
     if cause is not None or scores is None or threshold is None:
         return Verdict(Judgement.UNINSPECTED, ((cause or Cause.SCORE_NOT_FINITE).value,), threshold)
@@ -68,7 +68,8 @@ def regions(anomaly_map: AnomalyMap, limit: float, view: View | None = None) -> 
     return tuple(strongest)
 
 
-def _finite(scores: Scores) -> bool:
+def finite(scores: Scores) -> bool:
+    """Whether scores are numbers that a limit can be compared with."""
     return all(math.isfinite(value) for value in (scores.fused, scores.map, scores.mahalanobis))
 
 

@@ -156,6 +156,27 @@ class WorkerCameraData(_Data):
     reason: str
 
 
+class WorkerCandidateData(_Data):
+    """A version that is tried beside the one in force, on `percent` of the parts, and what this run of the worker
+    counted of its views: a `canary` judges them, a `shadow` says what it would have said.
+
+    `refused` says why this worker does not try it; then the version in force judges all parts.
+    """
+
+    version: str
+    sha256: str
+    mode: Literal["canary", "shadow"]
+    percent: float
+    refused: str
+    judged: int
+    agreed: int
+    disagreed: int
+    failed: int
+    """Views for which it gave no usable scores; they were judged by the version in force."""
+    dropped: int
+    """Views that no shadow was asked for, because the servers had no room."""
+
+
 class WorkerModelData(_Data):
     """A product that a worker judges: its network, and the limits in force (null: none yet).
 
@@ -168,6 +189,7 @@ class WorkerModelData(_Data):
     threshold_version: int | None
     threshold_source: Literal["redis", "cache", "file", "manifest"] | None
     refused: str = ""
+    candidate: WorkerCandidateData | None = None
 
 
 class HeartbeatData(_Data):

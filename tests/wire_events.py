@@ -28,7 +28,7 @@ from pipeline.types import (
     Verdict,
     ViewVerdict,
 )
-from pipeline.wire import HeartbeatData, WorkerCameraData, WorkerModelData, WorkerStageData
+from pipeline.wire import HeartbeatData, WorkerCameraData, WorkerCandidateData, WorkerModelData, WorkerStageData
 
 PLACE = Place("site", "area", "l1", worker="host-20261123T120000", budget_ms=2000.0)
 AT = datetime(2026, 11, 23, 12, 0, 1, 500_000, tzinfo=UTC)
@@ -79,6 +79,23 @@ PARTS = {
 }
 
 
+CANDIDATES = [
+    WorkerCandidateData(
+        version="2",
+        sha256="cd" * 32,
+        mode=mode,
+        percent=12.5,
+        refused="",
+        judged=1,
+        agreed=2,
+        disagreed=3,
+        failed=4,
+        dropped=5,
+    )
+    for mode in ("canary", "shadow")
+]
+
+
 def heartbeat(state="running", **fields):
     """Give what a worker says of itself; keywords replace fields."""
     said = {
@@ -97,9 +114,16 @@ def heartbeat(state="running", **fields):
         "unacknowledged": 7,
         "models": [
             WorkerModelData(
-                product_id="tray", version="1", sha256="ab" * 32, threshold_version=7, threshold_source=source.value
+                product_id="tray",
+                version="1",
+                sha256="ab" * 32,
+                threshold_version=7,
+                threshold_source=source.value,
+                refused="not served",
+                candidate=candidate,
             )
             for source in ThresholdSource
+            for candidate in (None, *CANDIDATES)
         ],
     }
     return HeartbeatData(**(said | fields))

@@ -11,8 +11,8 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import TYPE_FP32, TYPE_UINT8, ModelConfig
 
-from pipeline.inference import signature_faults
 from pipeline.manifest import read_manifest
+from pipeline.tensors import signature_faults
 
 MODELS = Path(__file__).resolve().parents[2] / "models_repo"
 CONFIGS = sorted(MODELS.glob("*/config.pbtxt"))

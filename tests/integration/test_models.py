@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,8 +33,7 @@ from pipeline.manifest import Manifest, read_manifest
 from pipeline.metrics import Metrics
 from pipeline.model_control import ModelControl
 from pipeline.model_repository import ModelRepository
-from pipeline.newcomers import LOOK_EVERY_S
-from pipeline.promotion import promote, rollback
+from pipeline.promotion import promote, rollback, stop_trial, try_beside
 from pipeline.servers import Triton
 from pipeline.types import Batch, Frame, Inference
 
@@ -197,13 +197,16 @@ def test_a_running_line_takes_over_what_is_promoted(
     with LineProcess(path) as line:
         wait_until(lambda: judged(NOW, 1), 60, "verdicts of the first version")
         change(place, promote, NEXT)
+        wait_until(lambda: line.log().count('"new version"') == 1, 60, "the next one to be taken")
         wait_until(lambda: judged(NEXT, 2), 60, "verdicts of the next one")
         change(place, rollback)
+        wait_until(lambda: line.log().count('"new version"') == 2, 60, "the first one to be taken again")
         wait_until(lambda: judged(NOW, 3), 60, "verdicts of the first one again")
         good = manifest.read_bytes()
         manifest.write_text(json.dumps(json.loads(good) | {"version": 99, "model_sha256": "0" * 64}))
         wait_until(lambda: "new version not judged with" in line.log(), 60, "the refusal")
-        time.sleep(2 * LOOK_EVERY_S)
+        count = len(received(stack.endpoints["kafka"], made.name).events)
+        wait_until(lambda: len(received(stack.endpoints["kafka"], made.name).events) > count + 8, 60, "more verdicts")
         manifest.write_bytes(good)
         summary = line.stop()
         assert line.log().count("new version not judged with") == 1
@@ -213,6 +216,57 @@ def test_a_running_line_takes_over_what_is_promoted(
     assert verdicts.in_order()
     assert verdicts.duplicates == 0
     assert runs(made.name) == [(str(NOW), "redis"), (str(NEXT), "manifest"), (str(NOW), "redis")]
+
+
+def test_a_running_line_tries_a_version(place: SimpleNamespace, stack: Any, line_file: Any, tmp_path: Path) -> None:
+    """As canary it judges the parts whose ids say so and no others, until it fails, from where the version in force
+    judges them all; as shadow it is counted and gives no verdict. No part is lost or UNINSPECTED meanwhile."""
+    made = line_file(stack, triton={"address": place.settings.address, "models_repo": str(place.settings.models_repo)})
+    made.settings |= {"monitoring": {"heartbeat_s": 1.0}}
+    made.camera(type="folder", path=str(pictures(tmp_path)), product=PRODUCT, rate=4, loop=True)
+    path = made.write()
+    if NEXT not in place.repository.pushed(PRODUCT):
+        push(place, heavier(place.folder / "export", NEXT))
+
+    def judged_by(version: int) -> dict[int, str]:
+        """The parts that a version judged, by their place in the line's sequence."""
+        parts = (event["data"] for event in received(stack.endpoints["kafka"], made.name).events)
+        return {each["sequence"]: each["partId"] for each in parts if each["model"]["version"] == str(version)}
+
+    def figures() -> dict[str, Any]:
+        command = [sys.executable, "-m", "pipeline.cli", "models", "shadow", PRODUCT, "--json", "-c", str(path)]
+        run = subprocess.run(command, check=True, timeout=60, capture_output=True)
+        return json.loads(run.stdout)
+
+    with LineProcess(path) as line:
+        wait_until(lambda: judged_by(NOW), 60, "verdicts")
+        change(place, partial(try_beside, mode="canary", percent=50.0), NEXT)
+        rollout = place.repository.rollout(PRODUCT)
+        wait_until(lambda: '"version on trial"' in line.log(), 60, "the canary to begin")
+        wait_until(lambda: len(judged_by(NEXT)) > 5, 60, "verdicts of the canary")
+        canary, before = judged_by(NEXT), judged_by(NOW)
+        assert all(map(rollout.takes, canary.values()))
+        began, last = min(canary) + 5, max(canary)  # what was sent just before it began may be told just after
+        assert not any(rollout.takes(part) for order, part in before.items() if began < order < last)
+        wait_until(lambda: figures()["judged"] > 5, 60, "figures of the canary")
+        with ModelControl(place.settings) as control:
+            control.unload(f"{PRODUCT}.v{NEXT}")
+        wait_until(lambda: "version on trial given up" in line.log(), 60, "the canary to be given up")
+        count = len(judged_by(NEXT))
+        wait_until(lambda: len(judged_by(NOW)) > len(before) + 10, 60, "verdicts of the version in force")
+        assert len(judged_by(NEXT)) == count
+        change(place, rollback)
+        change(place, partial(try_beside, mode="shadow", percent=100.0), NEXT)
+        wait_until(lambda: line.log().count('"version on trial"') == 2, 60, "the shadow to begin")
+        wait_until(lambda: figures()["agreed"] + figures()["disagreed"] > 5, 60, "figures of the shadow")
+        change(place, stop_trial)
+        summary = line.stop()
+    assert len(judged_by(NEXT)) == count
+    verdicts = received(stack.endpoints["kafka"], made.name, at_least=summary["triggered"])
+    assert verdicts.causes == {}
+    assert verdicts.in_order()
+    assert place.repository.addressed(PRODUCT) == [f"{PRODUCT}.v{NOW}"]
+    assert score(place.settings)[0] == str(NOW)
 
 
 def test_a_version_that_cannot_be_loaded_is_never_served(place: SimpleNamespace) -> None:

@@ -291,7 +291,7 @@ def test_a_product_that_comes_later_is_judged_without_a_restart(pool, tmp_path):
     with pool.worker("a") as line:
         wait_until(lambda: '"product_unknown"' in line.log(), 60, "a camera that is refused")
         (first / "manifest.json").write_text("{")
-        wait_until(lambda: '"new product not judged yet"' in line.log(), 60, "a product that is no good")
+        wait_until(lambda: '"new version not judged with"' in line.log(), 60, "a product that is no good")
         shutil.copy(MODELS / first.name / "manifest.json", first)
         wait_until(lambda: '"camera streaming"' in line.log(), 60, "the camera is read")
         summary = line.stop()

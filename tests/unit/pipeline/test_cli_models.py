@@ -63,3 +63,24 @@ def test_without_triton_nothing_is_promoted(models, tmp_path):
     assert "127.0.0.1:9" in err
     assert json.loads((tmp_path / "served" / PRODUCT / "manifest.json").read_text())["version"] == 3
     assert models("list", "nothing")[0] == 3
+
+
+def test_a_trial_is_asked_for_in_words_that_make_sense(models, tmp_path):
+    """A share that is none, and a version together with --stop, are exit 3; where nothing is on trial, it is said."""
+    models("push", tiny(tmp_path / "new", 4))
+    for percent in (0, 101, "nan"):
+        assert models("promote", PRODUCT, 4, "--canary", percent)[0] == 3
+        assert models("shadow", PRODUCT, 4, "--percent", percent)[0] == 3
+    assert models("shadow", PRODUCT, 4, "--stop")[0] == 3
+    code, _, err = models("shadow", PRODUCT)
+    assert (code, "no version of" in err) == (5, True)
+    assert models("shadow", PRODUCT, 4)[0] == 4  # Triton is not there
+
+
+def test_what_is_on_trial_is_listed(models, tmp_path):
+    """The list tells the version on trial, how, and on which share."""
+    models("push", tiny(tmp_path / "new", 4))
+    words = {"mode": "canary", "version": 4, "model_sha256": "0" * 64, "percent": 12.5, "at": "now", "by": "anna"}
+    (tmp_path / "served" / PRODUCT / "rollout.json").write_text(json.dumps(words))
+    rows = json.loads(models("list", "--json")[1])
+    assert [(row["version"], row["state"]) for row in rows] == [(3, "served"), (4, "canary 12.5 %")]

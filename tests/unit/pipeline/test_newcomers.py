@@ -36,6 +36,15 @@ class Servers:
     def keep(self, product, *versions):
         pass
 
+    def offer(self, manifest, rollout):
+        self.did.append(("offer", manifest.product, rollout.percent))
+
+    def withdraw(self, product):
+        self.did.append(("withdraw", product, None))
+
+    def candidate_fault(self, product):
+        return f"{product} failed" if self.fault else ""
+
     def asked(self, what):
         return [product for word, product, _ in self.did if word == what]
 
@@ -143,3 +152,77 @@ def test_a_version_that_fails_gets_no_traffic(line, servers, promote, models_rep
     assert line.manifests["tray"].version == 2
     assert line.newcomers.fault("tray") == ""
     assert line.metrics.registry.get_sample_value(refused, {"product": "tray"}) == 0
+
+
+@pytest.fixture
+def try_version(models_repo, manifest_document):
+    """Put version 2 of `tray` on trial; keywords replace keys of the trial, `manifest` those of its manifest."""
+
+    def write(manifest=(), **keys):
+        (models_repo / "tray/candidate.json").write_text(
+            json.dumps(manifest_document("tray", **(NEXT | dict(manifest))))
+        )
+        words = {"mode": "canary", "percent": 10, **NEXT, "at": "now", "by": "anna"} | keys
+        (models_repo / "tray/rollout.json").write_text(json.dumps(words))
+
+    return write
+
+
+@pytest.fixture
+def trial(line, servers, models_repo):
+    """The line of `tray` alone; gives what a look does with the trial."""
+    (models_repo / "cable-set/manifest.json").unlink()
+
+    def look():
+        del servers.did[:]
+        line.look()
+        return servers.did
+
+    return look
+
+
+def test_a_version_on_trial_is_checked_once_and_then_offered(trial, line, try_version, models_repo):
+    """Checked as a promoted one; another share begins it anew; taken away it is withdrawn, and its late answers still
+    find its manifest."""
+    try_version()
+    assert trial() == [("withdraw", "tray", None), ("check", "tray", 2), ("learn", "tray", 2), ("offer", "tray", 10)]
+    assert line.newcomers.candidate("tray")[1] == ""
+    assert trial() == []
+    try_version(percent=50)
+    assert trial()[-1] == ("offer", "tray", 50)
+    (models_repo / "tray/rollout.json").unlink()
+    assert trial() == [("withdraw", "tray", None)]
+    assert line.newcomers.candidate("tray") is None
+    assert line.manifests["tray"].version == 1
+    assert line.manifests.of("tray", Model("tray", "2", NEXT["model_sha256"])).version == 2
+
+
+@pytest.mark.parametrize("fault", ["warm-up", "limits", "pictures", "manifest"])
+def test_a_version_that_is_unfit_is_not_tried(trial, line, servers, try_version, fault):
+    """The version in force judges all parts, one line of the log and the heartbeat say why; put right, it is tried."""
+    servers.fault = "a black picture failed" if fault == "warm-up" else ""
+    servers.is_known = fault != "limits"
+    try_version({"map_shape": [32]} if fault == "manifest" else {})
+    if fault == "pictures":
+        try_version({"input": {"height": 128, "width": 128, "dtype": "uint8", "layout": "HWC", "colour": "RGB"}})
+    with structlog.testing.capture_logs() as said:
+        assert "offer" not in {word for word, *_ in trial()}
+        trial()
+    assert [each["event"] for each in said] == ["version on trial not tried"]
+    if fault != "manifest":
+        assert line.newcomers.candidate("tray")[1] != ""
+    servers.fault, servers.is_known = "", True
+    try_version()
+    assert trial()[-1] == ("offer", "tray", 10)
+    assert line.newcomers.candidate("tray")[1] == ""
+
+
+def test_a_canary_that_is_promoted_is_no_trial_any_more(trial, line, try_version, promote):
+    """Whichever file is seen first: the version is in force, and nothing is beside it."""
+    try_version()
+    trial()
+    promote()
+    assert [word for word, *_ in trial()] == ["check", "learn", "take", "take", "withdraw"]
+    assert line.newcomers.candidate("tray") is None
+    assert line.manifests["tray"].version == 2
+    assert trial() == []

@@ -6,15 +6,17 @@ The servers are a stand-in here, because no real one fails at a step of one's ch
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
-from exported import PRODUCT, tiny
+from exported import PRODUCT, shipped, tiny, write_manifest
 
 from pipeline import promotion
 from pipeline.errors import CheckError
 from pipeline.model_repository import ModelRepository
-from pipeline.promotion import promote, rollback
+from pipeline.promotion import promote, rollback, stop_trial, try_beside
 from pipeline.releases import config_text, steps_of, versions_of
+from pipeline.rollouts import read_candidate
 
 
 class Killed(BaseException):
@@ -230,3 +232,131 @@ def test_a_folder_that_cannot_be_placed_takes_the_others_back(repository):
     assert served(repository) == (3, 3)
     assert not (repository.models / f"{PRODUCT}.bottleneck/4").exists()
     assert (path / "model.onnx").read_bytes() == b"mine"
+
+
+def try_version(repository, servers, version=4, mode="canary", percent=10.0):
+    with repository.locked():
+        try_beside(repository, servers, PRODUCT, version, mode=mode, percent=percent, by="anna", reason="try")
+
+
+def on_trial(repository):
+    """What a worker would try, checked for being served whole; None for nothing."""
+    rollout = repository.rollout(PRODUCT)
+    if rollout is None:
+        return None
+    assert read_candidate(repository.models, PRODUCT, rollout).version == rollout.version
+    assert f"{PRODUCT}.v{rollout.version}" in repository.addressed(PRODUCT)
+    return rollout.version, rollout.mode, rollout.percent
+
+
+def test_a_version_on_trial_is_loaded_beside_the_one_in_force(repository):
+    """It is tried as a promoted one is, and gets an ensemble of its own; the product's stays what it was."""
+    servers = Servers()
+    try_version(repository, servers)
+    steps = steps_of(repository.config(PRODUCT))
+    loads = [("load", model) for model in (*steps, f"{PRODUCT}.v3", f"{PRODUCT}.v4")]
+    assert servers.calls == [("try",), ("load", PRODUCT), *loads, ("prove",)]
+    assert served(repository) == (3, 3)
+    assert on_trial(repository) == (4, "canary", 10.0)
+    try_version(repository, Servers(), percent=50.0)
+    assert on_trial(repository) == (4, "canary", 50.0)
+    run(repository, Servers())
+    assert served(repository) == (4, 4)
+    assert on_trial(repository) is None
+    assert not (repository.models / PRODUCT / "candidate.json").exists()
+    assert [event.action for event in repository.history(PRODUCT)] == ["canary", "canary", "promote"]
+
+
+@pytest.mark.parametrize("mode", ["canary", "shadow"])
+def test_a_trial_ends_as_if_it_had_not_been(repository, mode):
+    """Its ensemble goes before the steps are told; what is served is what was, and a rollback does not return to it."""
+    try_version(repository, Servers(), mode=mode)
+    servers = Servers()
+    with repository.locked():
+        assert stop_trial(repository, servers, PRODUCT, by="ben", reason="bad").version == 4
+    assert servers.calls[0] == ("unload", f"{PRODUCT}.v4")
+    assert ("load", f"{PRODUCT}.map") in servers.calls
+    assert (served(repository), on_trial(repository)) == ((3, 3), None)
+    assert repository.addressed(PRODUCT) == [f"{PRODUCT}.v3"]
+    assert versions_of(repository.config(f"{PRODUCT}.map")) == [3]
+    with repository.locked(), pytest.raises(CheckError, match="no version was promoted before"):
+        rollback(repository, Servers(), PRODUCT, by="ben", reason="worse")
+    with repository.locked(), pytest.raises(CheckError, match=r"no version of .* is on trial"):
+        stop_trial(repository, Servers(), PRODUCT, by="ben", reason="")
+
+
+def test_a_rollback_takes_back_a_canary_but_not_a_shadow(repository, tmp_path):
+    """A canary gives verdicts: it is what is taken back. A shadow gives none: the version in force is, and it ends."""
+    run(repository, Servers())
+    with repository.locked():
+        repository.push(tiny(tmp_path / "newer", 5))
+    for mode, version in (("canary", 4), ("shadow", 3)):
+        try_version(repository, Servers(), 5, mode=mode)
+        with repository.locked():
+            assert rollback(repository, Servers(), PRODUCT, by="ben", reason="worse").version == version
+        assert (served(repository), on_trial(repository)) == ((version, version), None)
+
+
+def test_one_trial_at_a_time(repository, tmp_path):
+    """While a version is on trial no other is tried or promoted; and none is tried against itself."""
+    try_version(repository, Servers())
+    with repository.locked():
+        repository.push(tiny(tmp_path / "newer", 5))
+    with pytest.raises(CheckError, match=r"version 4 is on trial \(canary\)"):
+        try_version(repository, Servers(), 5)
+    with pytest.raises(CheckError, match="version 4 is on trial"):
+        run(repository, Servers(), 5)
+    run(repository, Servers())
+    with pytest.raises(CheckError, match="nothing to be tried beside"):
+        try_version(repository, Servers())
+
+
+@pytest.mark.parametrize("fault", ["pictures", "tensors"])
+def test_what_cannot_run_beside_is_not_tried(repository, tmp_path, fault):
+    """Another size of the picture, and other tensors between the steps, are named; nothing is changed."""
+    if fault == "tensors":
+        config = repository.config(f"{PRODUCT}.map")
+        config.input[0].dims[0] += 1
+        repository.write(f"{PRODUCT}.map", "config.pbtxt", config_text(config).encode())
+    else:
+        folder = tiny(tmp_path / "other", 5)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        write_manifest(folder.parent, manifest | {"input": shipped()["input"] | {"height": 128}})
+        with repository.locked():
+            repository.push(folder)
+    before = {path: path.read_bytes() for path in repository.models.rglob("*") if path.is_file()}
+    with pytest.raises(CheckError, match="tensors" if fault == "tensors" else "other input"):
+        try_version(repository, Servers(), 4 if fault == "tensors" else 5)
+    assert {path: path.read_bytes() for path in repository.models.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("fails_at", range(10))
+def test_a_trial_that_fails_to_begin_leaves_nothing(repository, fails_at):
+    """Whichever call fails, files and servers are as before, no worker is told, and a second try succeeds."""
+    with pytest.raises(CheckError, match="no memory"):
+        try_version(repository, Servers(fails_at))
+    assert (served(repository), on_trial(repository)) == ((3, 3), None)
+    assert repository.addressed(PRODUCT) == []
+    assert repository.history(PRODUCT) == []
+    try_version(repository, Servers())
+    assert on_trial(repository) == (4, "canary", 10.0)
+
+
+@pytest.mark.parametrize("kill_at", range(14))
+def test_a_trial_that_is_killed_is_whole_or_not_there(repository, monkeypatch, kill_at):
+    """After a kill before any write, a server that starts serves the version in force; the command completes it."""
+    monkeypatch.setattr(promotion, "_undo", lambda *_: [])
+    write, writes = repository.write, itertools.count()
+
+    def killed(model, name, content):
+        if next(writes) == kill_at:
+            raise Killed
+        return write(model, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(repository, "write", killed)
+        with pytest.raises(Killed):
+            try_version(repository, Servers())
+    assert (served(repository), on_trial(repository)) == ((3, 3), None)
+    try_version(repository, Servers())
+    assert on_trial(repository) == (4, "canary", 10.0)

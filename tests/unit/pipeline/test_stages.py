@@ -24,6 +24,7 @@ from pipeline.cameras import FolderCamera
 from pipeline.events import Event
 from pipeline.health import HealthPage
 from pipeline.heartbeat import Heartbeat
+from pipeline.rollouts import Rollout
 
 
 @pytest.fixture
@@ -128,6 +129,9 @@ def test_a_stage_that_never_comes_round_is_named(line, monkeypatch):
     wait_until(lambda: alive(line) == ["judge"], 30, "the judge on /livez")
 
 
+ROLLOUT = Rollout(mode="shadow", version=2, model_sha256="cd" * 32, percent=10, at="now", by="anna")
+
+
 @pytest.fixture
 def told(line):
     """A heartbeat whose events are kept, oldest first, and confirmed by the test."""
@@ -137,6 +141,8 @@ def told(line):
         line._manifests,
         line._thresholds,
         epoch=lambda: 3,
+        refused=lambda product: "not served" if product == "tray" else "",
+        candidate=lambda product: (ROLLOUT, "given up") if product == "tray" else None,
         encoder=line._encoder,
         put=events.append,
         metrics=line.metrics,
@@ -160,13 +166,16 @@ def test_a_heartbeat_waits_for_the_last_one(told):
 
 
 def test_a_heartbeat_says_how_the_worker_is(line, told):
-    """Stages with their ages, those that hang, cameras with their state, open parts, models and limits, the epoch."""
+    """Stages with their ages, those that hang, cameras with their state, open parts, models and limits, the epoch; of
+    a product what was refused, and how the version on trial does."""
     line.health.beat("judge")
     line.health.ready("triton", state=False)
     line.metrics.camera("c1", product="tray", station="s1")
     line.metrics.triggered("s1", 2)
     line.metrics.parts_open({"s1": 2})
     line.metrics.unacknowledged.set(5)
+    line.metrics.candidates.labels("tray", "2", "agreed").inc(7)
+    line.metrics.candidates.labels("tray", "2", "disagreed").inc(2)
     said = told.beat._look("running").model_dump(by_alias=True)
     assert [stage["name"] for stage in said["stages"]] == ["judge"]
     assert 0 <= said["stages"][0]["ageS"] < 60
@@ -174,3 +183,9 @@ def test_a_heartbeat_says_how_the_worker_is(line, told):
     assert said["cameras"] == [{"cameraId": "c1", "station": "s1", "state": "connecting", "reason": ""}]
     assert (said["partsOpen"], said["unacknowledged"], said["epoch"]) == (2, 5, 3)
     assert [model["productId"] for model in said["models"]] == sorted(line._manifests)
+    models = {model["productId"]: model for model in said["models"]}
+    assert models["tray"]["refused"] == "not served"
+    tried = models["tray"]["candidate"]
+    assert (tried["version"], tried["mode"], tried["refused"]) == ("2", "shadow", "given up")
+    assert (tried["agreed"], tried["disagreed"], tried["dropped"]) == (7, 2, 0)
+    assert all(model["candidate"] is None for product, model in models.items() if product != "tray")

@@ -1,0 +1,76 @@
+"""A version on trial beside the one in force: which one, how, and for which parts.
+
+It lies in the model repository beside the product's manifest, where workers look already: one rename puts it in force
+with the candidate's manifest and under the same rights as what is served, and it needs no other server. `canary` parts
+are judged by the candidate instead, `shadow` parts by both. Which parts follows from their ids alone, so that every
+view of a part, on every worker, goes the same way. Written by `promotion`, read by workers and the commands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import ConfigError
+from pipeline.manifest import Manifest, Sha256
+
+ROLLOUT = "rollout.json"
+CANDIDATE = "candidate.json"
+"""The candidate's manifest, byte for byte."""
+_RANGE = 2**64
+
+
+class Rollout(BaseModel):
+    """What is tried: `percent` of a product's parts, by this version."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    schema_version: Literal[1] = 1
+    mode: Literal["canary", "shadow"]
+    version: Annotated[int, Field(ge=1)]
+    model_sha256: Sha256
+    percent: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+    at: str
+    by: str
+    reason: str = ""
+
+    def takes(self, part_id: str) -> bool:
+        """Whether a part is among those that the candidate judges; a higher percentage keeps all of a lower one's."""
+        number = int.from_bytes(hashlib.sha256(part_id.encode()).digest()[:8], "big")
+        return number < self.percent / 100 * _RANGE
+
+
+def read_rollout(models_repo: Path, product: str) -> Rollout | None:
+    """Read what is tried of a product; None when nothing is. Raises ConfigError."""
+    path = models_repo / product / ROLLOUT
+    try:
+        return Rollout.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except ValidationError as error:
+        raise _fault(path, error) from None
+
+
+def read_candidate(models_repo: Path, product: str, rollout: Rollout) -> Manifest:
+    """Read the manifest of the version that is tried. Raises ConfigError, also when it is another one's."""
+    path = models_repo / product / CANDIDATE
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except ValidationError as error:
+        raise _fault(path, error) from None
+    if (manifest.product, manifest.model_sha256) != (product, rollout.model_sha256):
+        raise ConfigError(f"{path} is not the manifest of version {rollout.version} of {product!r}")
+    return manifest
+
+
+def _fault(path: Path, error: ValidationError) -> ConfigError:
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(step) for step in first["loc"])
+    return ConfigError(f"{path}: {place}: {first['msg']}", hint="start it again with `logicrd models`")
