@@ -29,7 +29,7 @@ test: ## every check and every test, against the real Triton, Kafka, Redis and R
 	.venv/bin/pytest -n 2 --dist loadfile tests/unit/pipeline tests/contract tests/integration tests/e2e tests/unit/models_repo
 	.venv-training/bin/pytest tests/unit/training
 
-faults: ## the fault suite's long form, 77 cases in about an hour, as root; SEED=<number> repeats a run
+faults: ## the fault suite's long form, 78 cases in 20 minutes to an hour, as root; SEED=<number> repeats a run
 	@$(SETUP) line triton stack faults
 	.venv/bin/pytest -v -m "" tests/integration/faults --fault-seed $(or $(SEED),$(shell date +%s)) \
 		--fault-table tests/integration/faults/README.md
