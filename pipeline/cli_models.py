@@ -16,8 +16,9 @@ from pipeline.model_repository import ModelRepository
 from pipeline.promotion import promote, rollback, stop_trial, try_beside
 from pipeline.releases import MANIFEST, Release, before
 from pipeline.signatures import sign
-from pipeline.tail import FIGURES, candidate_figures
+from pipeline.tail import candidate_figures
 from pipeline.terminal import CONFIG_FILE, Config, Json, answer, table_of
+from pipeline.wire import CANDIDATE_FIGURES
 
 models_app = typer.Typer(help="Versions of the models, and which one is served.", no_args_is_help=True)
 
@@ -223,8 +224,8 @@ def _answer_trial(repository: ModelRepository, product: str, as_json: bool, sett
         return
     source = f"/{settings.site}/{settings.area}/{settings.line}"
     rows = candidate_figures(settings.kafka, source, product, rollout.model_sha256)
-    total = {name: sum(row[name] for row in rows) for name in FIGURES}
-    table = table_of([*rows, {"worker": "all", **total}], ["worker", *FIGURES, "refused", "told"])
+    total = {name: sum(row[name] for row in rows) for name in CANDIDATE_FIGURES}
+    table = table_of([*rows, {"worker": "all", **total}], ["worker", *CANDIDATE_FIGURES, "refused", "told"])
     table.title = f"{product} version {rollout.version}: {rollout.mode} of {share}"
     answer({"product": product, **rollout.model_dump(mode="json"), **total, "workers": rows}, as_json, table)
 

@@ -20,7 +20,14 @@ from pipeline.manifest import Manifest
 from pipeline.metrics import Metrics
 from pipeline.rollouts import Rollout
 from pipeline.thresholds import ThresholdCache
-from pipeline.wire import HeartbeatData, WorkerCameraData, WorkerCandidateData, WorkerModelData, WorkerStageData
+from pipeline.wire import (
+    CANDIDATE_FIGURES,
+    HeartbeatData,
+    WorkerCameraData,
+    WorkerCandidateData,
+    WorkerModelData,
+    WorkerStageData,
+)
 
 _STAGE = "heartbeat"
 _TURN_S = 1.0
@@ -137,7 +144,7 @@ class Heartbeat:
         name, labels = "inspection_candidate_views_total", {"product": product, "version": str(rollout.version)}
         views = {
             outcome: int(self._metrics.registry.get_sample_value(name, {**labels, "outcome": outcome}) or 0)
-            for outcome in ("judged", "agreed", "disagreed", "failed", "dropped")
+            for outcome in CANDIDATE_FIGURES
         }
         return WorkerCandidateData(
             version=str(rollout.version),

@@ -168,9 +168,7 @@ class InferenceClient:
 
     def _tried(self, product: str, mode: str) -> Version | None:
         version = self._candidates.get(product)
-        if version is None or version.rollout is None or version.rollout.mode != mode or version.fault:
-            return None
-        return version
+        return version if version is not None and version.mode == mode and not version.fault else None
 
     def _send(self, request: _Request) -> None:
         """Send a batch to the next replica."""
@@ -239,7 +237,7 @@ class InferenceClient:
     def _give_up(self, request: _Request, replica: Replica, inferences: list[Inference]) -> None:
         """Let the version in force judge what a canary could not; a shadow is not missed."""
         self._pool.give_back(replica, None, "", first_try=False)  # it is not the replica's fault
-        if request.version.rollout is not None and request.version.rollout.mode == "canary":
+        if request.version.mode == "canary":
             self._send(replace(request, version=self._versions[request.batch.product], failed=None))
         else:
             request.done(inferences)
@@ -252,7 +250,7 @@ class InferenceClient:
             return False
         if fault is None and not all(finite(each.scores) for each in inferences if each.scores is not None):
             fault, words = Fault.SICK, "a score is not finite"
-        is_canary = version.rollout is not None and version.rollout.mode == "canary"
+        is_canary = version.mode == "canary"
         if fault is None:
             version.failures = 0
             if is_canary:

@@ -111,7 +111,7 @@ class Journal:
                 f"outbox.dir {self._folder}: another worker uses it",
                 hint="give each worker a folder of its own: `outbox.dir`, or LOGICRD_OUTBOX__DIR in its environment",
             ) from None
-        contents = [content for path in _files(self._folder) if (content := self._take(path)) is not None]
+        contents = [content for path in segment_files(self._folder) if (content := self._take(path)) is not None]
         self._gone = {number for content in contents for number in content.acknowledged}
         for segment, content in zip(self._segments, contents, strict=True):
             left = [
@@ -291,7 +291,7 @@ def stored(folder: Path) -> Iterator[Record]:
     """
     descriptors: list[int] = []
     try:
-        for path in _files(folder):
+        for path in segment_files(folder):
             with suppress(FileNotFoundError):  # its worker has just removed it: nothing was left in it
                 descriptors.append(os.open(path, os.O_RDONLY))
         files = [(fd, os.fstat(fd).st_size) for fd in descriptors]
@@ -305,7 +305,8 @@ def stored(folder: Path) -> Iterator[Record]:
             os.close(fd)
 
 
-def _files(folder: Path) -> list[Path]:
+def segment_files(folder: Path) -> list[Path]:
+    """List the files of events in a folder, oldest first."""
     return sorted(folder.glob(f"*{_SUFFIX}"))
 
 

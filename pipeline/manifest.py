@@ -130,9 +130,9 @@ class Manifests(dict[str, Manifest]):
             return manifest
         return self._beside.get((product, model.sha256))
 
-    def keep(self, product: str, *versions: Manifest | None) -> None:
+    def keep(self, product: str, *versions: Manifest) -> None:
         """Let these be all the versions of a product that are known beside the one in force."""
-        kept = {(product, version.model_sha256): version for version in versions if version is not None}
+        kept = {(product, version.model_sha256): version for version in versions}
         self._beside = {key: version for key, version in self._beside.items() if key[0] != product} | kept
 
 

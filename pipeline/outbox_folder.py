@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pipeline.config import Outbox as Settings
 from pipeline.errors import CheckError, ConfigError
+from pipeline.journal import segment_files
 
 _PROBE_BYTES = 64 * 1024
 _MB = 1024 * 1024
@@ -94,7 +95,7 @@ def _state(folder: Path, *, is_there: bool) -> str:
 
 def _sizes(folder: Path) -> Iterator[int]:
     """Give the bytes of each file of events. Raises OSError."""
-    for path in folder.glob("*.outbox"):
+    for path in segment_files(folder):
         with contextlib.suppress(FileNotFoundError):  # a worker has just removed it
             yield path.stat().st_size
 

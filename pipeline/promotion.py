@@ -42,6 +42,8 @@ from pipeline.releases import (
 from pipeline.rollouts import CANDIDATE, ROLLOUT, Rollout
 from pipeline.signatures import SUFFIX
 
+_TRIAL_FILES = (ROLLOUT, CANDIDATE, CANDIDATE + SUFFIX)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -126,7 +128,7 @@ def promote(
     with _all_or_nothing(work):
         _switch(work, product)
         _write_manifest(work)
-        for name in (ROLLOUT, CANDIDATE, CANDIDATE + SUFFIX):
+        for name in _TRIAL_FILES:
             _remove(work, name)
         repository.record(product, event)
     return work.release
@@ -175,7 +177,7 @@ def stop_trial(repository: ModelRepository, control: ModelControl, product: str,
     rollout, current = repository.rollout(product), repository.promoted(product)
     if rollout is None or current is None:
         raise CheckError(f"no version of {product} is on trial", hint="`logicrd models list` shows what is")
-    for name in (ROLLOUT, CANDIDATE, CANDIDATE + SUFFIX):
+    for name in _TRIAL_FILES:
         (repository.models / product / name).unlink(missing_ok=True)
     repository.record(product, _event("stop", rollout.version, None, by, reason, rollout.model_sha256))
     _forget(repository, control, ensemble_of(product, rollout.version))

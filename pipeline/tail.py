@@ -21,13 +21,11 @@ from pipeline.brokers import Unreadable, client_options, no_topic, poll, unreach
 from pipeline.errors import DependencyError
 from pipeline.events import decode
 from pipeline.servers import Kafka as KafkaSettings
+from pipeline.wire import CANDIDATE_FIGURES
 
 _SILENT_S = 30.0
 _UNHEARD = timedelta(minutes=5)
 """How long a worker that Kafka cannot reach may go on speaking of cameras that are another's."""
-
-FIGURES = ("judged", "agreed", "disagreed", "failed", "dropped")
-"""What a worker counts of a version on trial, in views: see `WorkerCandidateData`."""
 
 _FARTHEST = 1_000_000
 """How many records of a partition are searched at least before a product counts as rare."""
@@ -161,9 +159,10 @@ def camera_states(settings: KafkaSettings, source: str) -> dict[str, dict[str, s
 
 
 def candidate_figures(settings: KafkaSettings, source: str, product: str, model_sha256: str) -> list[dict[str, Any]]:
-    """Give what each worker of a line told last of a version on trial: `worker`, each of `FIGURES`, `refused`, `told`.
+    """Give what each worker of a line told last of a version on trial.
 
-    `source` is the line's, `/site/area/line`. Raises DependencyError.
+    A row has `worker`, each of `CANDIDATE_FIGURES`, `refused` and `told`. `source` is the line's, `/site/area/line`.
+    Raises DependencyError.
     """
     with VerdictReader(settings, topic="status.v1", start="first") as reader:
         events = [event for event in reader.read_to_end() if "models" in event.get("data", {})]
@@ -177,7 +176,7 @@ def candidate_figures(settings: KafkaSettings, source: str, product: str, model_
         tried = models.get(product, {}).get("candidate") or {}
         if tried.get("sha256") == model_sha256:
             told = {"worker": event["data"]["worker"], "refused": tried["refused"], "told": _time(event)}
-            rows.append(told | {name: tried[name] for name in FIGURES})
+            rows.append(told | {name: tried[name] for name in CANDIDATE_FIGURES})
     return rows
 
 

@@ -108,9 +108,9 @@ class ThresholdCache:
         """Let this version, whose limits are known, be the one in force of its product."""
         self._manifests = {**self._manifests, manifest.product: manifest}
 
-    def keep(self, product: str, *versions: Manifest | None) -> None:
+    def keep(self, product: str, *versions: Manifest) -> None:
         """Follow no versions of a product but these, and the one in force."""
-        kept = {_version(version): version for version in versions if version is not None}
+        kept = {_version(version): version for version in versions}
         self._beside = {version: each for version, each in self._beside.items() if version[0] != product} | kept
 
     def close(self) -> None:
@@ -160,8 +160,11 @@ class ThresholdCache:
         return self._beside | {_version(manifest): manifest for manifest in self._manifests.values()}
 
     def _read(self) -> None:
+        followed = self._followed()
+        records = {product: self._record(product) for product in {product for product, _ in followed}}
         current = {
-            version: self._judge(manifest, self._look(manifest)) for version, manifest in self._followed().items()
+            version: self._judge(manifest, _reading(records[manifest.product], manifest))
+            for version, manifest in followed.items()
         }
         self._read_s = time.monotonic()
         if not self._fresh:
@@ -175,11 +178,12 @@ class ThresholdCache:
             self._current = current
         self._save_snapshot()
 
-    def _look(self, manifest: Manifest) -> Reading:
+    def _record(self, product: str) -> dict[str, str] | ConfigError:
+        """Ask Redis once for all versions of a product."""
         try:
-            return read(self._store.get(manifest.product, LINE_FIELDS), manifest)
+            return self._store.get(product, LINE_FIELDS)
         except ConfigError as error:
-            return Reading(None, "invalid", str(error))
+            return error
 
     def _judge(self, manifest: Manifest, reading: Reading) -> Threshold:
         """Turn what Redis holds into the limits in force.
@@ -253,6 +257,11 @@ class ThresholdCache:
             self._saved = stored
         except OSError as error:
             log.error("threshold snapshot not written", path=str(path), error=str(error))
+
+
+def _reading(record: dict[str, str] | ConfigError, manifest: Manifest) -> Reading:
+    """Take a product's record for the limits of one of its versions."""
+    return Reading(None, "invalid", str(record)) if isinstance(record, ConfigError) else read(record, manifest)
 
 
 def _version(manifest: Manifest) -> _Version:

@@ -30,6 +30,11 @@ class Version:
     failures: int = 0
     fault: str = ""
 
+    @property
+    def mode(self) -> str:
+        """How it is tried: `canary` or `shadow`; '' for one in force."""
+        return "" if self.rollout is None else self.rollout.mode
+
     def ensemble_at(self, client: InferenceServerClient) -> str:
         """Name the ensemble to ask for at a replica."""
         if self.rollout is None and client not in self.moved:

@@ -156,6 +156,10 @@ class WorkerCameraData(_Data):
     reason: str
 
 
+CANDIDATE_FIGURES = ("judged", "agreed", "disagreed", "failed", "dropped")
+"""What a worker counts of a version on trial, in views: the figures of `WorkerCandidateData`."""
+
+
 class WorkerCandidateData(_Data):
     """A version that is tried beside the one in force, on `percent` of the parts, and what this run of the worker
     counted of its views: a `canary` judges them, a `shadow` says what it would have said.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from contextlib import contextmanager
 
 import pytest
 from exported import PRODUCT, shipped, tiny, write_manifest
@@ -151,10 +152,9 @@ def test_a_failed_trial_touches_no_file(repository):
     assert {path: path.read_bytes() for path in repository.models.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("kill_at", range(14))
-def test_a_kill_at_any_write_leaves_one_whole_version(repository, monkeypatch, kill_at):
-    """After a kill before any write, a server that starts serves one version whole; the command again completes it."""
-    monkeypatch.setattr(promotion, "_undo", lambda *_: [])
+@contextmanager
+def killed_at(repository, monkeypatch, kill_at):
+    """A command that is killed before the write of that number, and puts nothing back."""
     write, writes = repository.write, itertools.count()
 
     def killed(model, name, content):
@@ -162,10 +162,18 @@ def test_a_kill_at_any_write_leaves_one_whole_version(repository, monkeypatch, k
             raise Killed
         return write(model, name, content)
 
+    monkeypatch.setattr(promotion, "_undo", lambda *_: [])
     with monkeypatch.context() as patch:
         patch.setattr(repository, "write", killed)
         with pytest.raises(Killed):
-            run(repository, Servers())
+            yield
+
+
+@pytest.mark.parametrize("kill_at", range(14))
+def test_a_kill_at_any_write_leaves_one_whole_version(repository, monkeypatch, kill_at):
+    """After a kill before any write, a server that starts serves one version whole; the command again completes it."""
+    with killed_at(repository, monkeypatch, kill_at):
+        run(repository, Servers())
     version, manifest = served(repository)
     assert version == (4 if kill_at == 13 else 3)
     assert manifest == 3
@@ -345,18 +353,8 @@ def test_a_trial_that_fails_to_begin_leaves_nothing(repository, fails_at):
 @pytest.mark.parametrize("kill_at", range(14))
 def test_a_trial_that_is_killed_is_whole_or_not_there(repository, monkeypatch, kill_at):
     """After a kill before any write, a server that starts serves the version in force; the command completes it."""
-    monkeypatch.setattr(promotion, "_undo", lambda *_: [])
-    write, writes = repository.write, itertools.count()
-
-    def killed(model, name, content):
-        if next(writes) == kill_at:
-            raise Killed
-        return write(model, name, content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(repository, "write", killed)
-        with pytest.raises(Killed):
-            try_version(repository, Servers())
+    with killed_at(repository, monkeypatch, kill_at):
+        try_version(repository, Servers())
     assert (served(repository), on_trial(repository)) == ((3, 3), None)
     try_version(repository, Servers())
     assert on_trial(repository) == (4, "canary", 10.0)
