@@ -237,8 +237,9 @@ def deepstream_render(
     root: Annotated[Path | None, typer.Option(help="Where DeepStream will find the folder. Default: --out.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write DeepStream's graphs for a line: its cameras, the ensemble on Triton, and where its scores come out."""
-    written = [str(path) for path in deepstream.write(configuration.load(config), out, root or out.resolve())]
+    """Write down the graphs that `logicrd run` starts for cameras with `inference: graph`, one a product."""
+    files = deepstream.rendered(configuration.load(config), root or out.resolve())
+    written = [str(path) for path in deepstream.write(out, files)]
     answer({"written": written}, as_json, "\n".join(written))
 
 

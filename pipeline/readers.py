@@ -14,7 +14,8 @@ from datetime import UTC, datetime
 import structlog
 
 from pipeline.batcher import Batcher
-from pipeline.cameras import Camera
+from pipeline.cameras import Camera, graph_cameras
+from pipeline.deepstream import Graphs
 from pipeline.errors import ConfigError
 from pipeline.events import Encoder
 from pipeline.health import Health
@@ -51,6 +52,7 @@ class Readers:
         run: str,
         budget_s: float,
         networks: Networks,
+        graphs: Graphs,
     ) -> None:
         self._manifests = manifests
         self._stations = stations
@@ -60,8 +62,10 @@ class Readers:
         self._outbox = outbox
         self._metrics = metrics
         self._take = take
+        self._graphs = graphs
         self._handover = Handover(
             accept=take,
+            answer=judge.answer,
             wait_for_room=batcher.wait_for_room,
             announce=self._announce,
             metrics=metrics,
@@ -69,6 +73,7 @@ class Readers:
             run=run,
             budget_s=budget_s,
             networks=networks,
+            open=graphs.open,
         )
         self._readers: dict[str, CameraReader] = {}
         self._numbers: dict[str, int] = {}
@@ -126,6 +131,8 @@ class Readers:
             with_models_region(camera, manifest)
         except ConfigError as error:
             return str(error)
+        if graph_cameras([camera]):
+            return "a camera with `inference: graph` belongs in a worker's line file, not in a pool"
         if station is None:
             return ""
         view = station.view(camera.id)
@@ -174,6 +181,7 @@ class Readers:
         """Wait for the readers' ends, until this moment of the monotonic clock."""
         for reader in self._readers.values():
             reader.join(max(0.1, until_s - time.monotonic()))
+        self._graphs.close()
 
     def _announce(self, camera_id: str, state: CameraState, reason: str) -> None:
         self._judge.camera_is(camera_id, state)
