@@ -238,8 +238,7 @@ def deepstream_render(
     as_json: Json = False,
 ) -> None:
     """Write down the graphs that `logicrd run` starts for cameras with `inference: graph`, one a product."""
-    files = deepstream.rendered(configuration.load(config), root or out.resolve())
-    written = [str(path) for path in deepstream.write(out, files)]
+    written = [str(path) for path in deepstream.write(configuration.load(config), out, root or out.resolve())]
     answer({"written": written}, as_json, "\n".join(written))
 
 

@@ -186,14 +186,10 @@ def render(config: LineConfig, manifests: Mapping[str, Manifest], root: Path) ->
     return files
 
 
-def rendered(config: LineConfig, root: Path) -> dict[Path, str]:
-    """Read the manifests and give the files of `render`. Raises ConfigError."""
+def write(config: LineConfig, out: Path, root: Path) -> list[Path]:
+    """Write the files of `render` to a folder, which is made if need be; gives their paths. Raises ConfigError."""
     manifests = {product: read_manifest(config.triton.models_repo, product) for product in config.graph_products}
-    return render(config, manifests, root)
-
-
-def write(out: Path, files: Mapping[Path, str]) -> list[Path]:
-    """Write files to a folder, which is made if need be; gives their paths. Raises ConfigError."""
+    files = render(config, manifests, root)
     try:
         return _save(out, files)
     except OSError as error:
