@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 import structlog
 
 from pipeline.batcher import Batcher
-from pipeline.cameras import Camera, graph_cameras
+from pipeline.cameras import Camera
 from pipeline.deepstream import Graphs
 from pipeline.errors import ConfigError
 from pipeline.events import Encoder
@@ -131,8 +131,6 @@ class Readers:
             with_models_region(camera, manifest)
         except ConfigError as error:
             return str(error)
-        if graph_cameras([camera]):
-            return "a camera with `inference: graph` belongs in a worker's line file, not in a pool"
         if station is None:
             return ""
         view = station.view(camera.id)

@@ -140,6 +140,7 @@ class SoftwareCamera(threading.Thread):
         self._lock = threading.Lock()
         # As in stream.py: frames after a damaged one are built upon it, and the decoder does not say so.
         self._damaged = False
+        self._encodings: set[str] = set()
 
     def run(self) -> None:
         """Play until the end, the loss, or the order to stop."""
@@ -164,7 +165,17 @@ class SoftwareCamera(threading.Thread):
         if self._order["user"]:
             camera.set_property("user-id", self._order["user"])
             camera.set_property("user-pw", self._order["password"])
+        if camera.get_factory().get_name() == "rtspsrc":
+            camera.connect("select-stream", self._offered)
         pipeline.get_by_name("decoder").get_static_pad("sink").add_probe(self._gst.PadProbeType.BUFFER, self._note)
+
+    def _offered(self, _: Any, number: int, caps: Any) -> bool:  # noqa: ANN401
+        """Remember in which codecs the camera offers pictures: that none of them is known comes as a general error."""
+        del number
+        stream = caps.get_structure(0)
+        if stream.get_string("media") == "video":
+            self._encodings.add(stream.get_string("encoding-name"))
+        return True
 
     def _note(self, _: Any, info: Any) -> Any:  # noqa: ANN401
         """Remember an access unit before it is decoded, with its arrival and what may name its part."""
@@ -186,6 +197,8 @@ class SoftwareCamera(threading.Thread):
                 continue
             if (message := bus.pop_filtered(gst.MessageType.ERROR)) is not None:
                 error, _ = message.parse_error()
+                if self._encodings and "H264" not in self._encodings:
+                    return {"lost": "codec_unsupported", "text": f"it sends {', '.join(sorted(self._encodings))}"}
                 return {"lost": reason_of(error.domain, error.code), "text": error.message}
             if sink.get_property("eos"):
                 break

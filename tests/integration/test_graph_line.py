@@ -78,7 +78,7 @@ def test_a_graph_gives_the_verdicts_that_the_client_gives(stack, line_file, pict
     made = line_file(stack, evidence={"dir": str(tmp_path / "kept"), "keep": "all"})
     for product, folder in pictures.items():
         graph_camera(made, product, folder, picture_size=[640, 480])
-    graph_camera(made, product, silent, station="silent", connect_timeout_s=1, read_timeout_s=1)
+    graph_camera(made, product, silent, station="silent", connect_timeout_s=4, read_timeout_s=1)
     with LineProcess(made.write(), program=PROGRAM) as line:
         wait_until(lambda: losses(kafka, made, "cam-3"), 60, "a loss of the silent camera")
         wait_until(lambda: len(received(kafka, made.name).events) >= 3 * PICTURES, 60, "verdicts of both graphs")

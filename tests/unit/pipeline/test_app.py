@@ -10,7 +10,7 @@ from wire_events import AT, PARTS
 
 from pipeline import config
 from pipeline.app import Line, stored_inspections
-from pipeline.cameras import FolderCamera, RtspCamera
+from pipeline.cameras import FolderCamera
 from pipeline.events import Encoder, Place, inspection_id, packed
 from pipeline.journal import Journal
 
@@ -106,11 +106,3 @@ def test_what_an_earlier_run_left_in_the_outbox_is_known_by_its_inspection(tmp_p
     journal.close()
     part = PARTS["ok"].part
     assert stored_inspections(tmp_path) == {inspection_id("/s/a/l", part.station, part.part_id, part.camera_id)}
-
-
-def test_a_graph_s_camera_is_not_of_a_pool(line):
-    """A graph is made for the cameras of a line file: one that a pool names is refused in words."""
-    about = {"product": "tray", "url": "rtsp://127.0.0.1:9/c1", "decoder": "deepstream"}
-    assert line.cameras.objection(RtspCamera(id="c1", type="rtsp", **about)) == ""
-    camera = RtspCamera(id="c1", type="rtsp", inference="graph", **about)
-    assert "belongs in a worker's line file" in line.cameras.objection(camera)
