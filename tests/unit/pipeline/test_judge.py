@@ -27,7 +27,7 @@ PLACE = Place("site", "area", "line", "worker", 2000.0)
 class Desk:
     """A judge, and what left it: part id, verdict and reasons of each event, by topic."""
 
-    def __init__(self, manifest, encoder=None, stations=None):
+    def __init__(self, manifest, encoder=None, stations=None, kept=None):
         self.metrics = Metrics()
         for camera_id in ("c1", "c2"):
             self.metrics.camera(camera_id, product="tray", station="s1")
@@ -38,7 +38,7 @@ class Desk:
             Parts(stations or {}, {"c1": "tray", "c2": "tray"}, budget_s=2.0, run="R"),
             Manifests({"tray": manifest}),
             SimpleNamespace(get={"tray": manifest.suggestion}.get),
-            evidence=Evidence(EvidenceSettings(), Manifests({"tray": manifest}), self.health),
+            evidence=Evidence(EvidenceSettings(dir=kept), Manifests({"tray": manifest}), self.health),
             encoder=encoder or Encoder(PLACE, "binary"),
             outbox=SimpleNamespace(put=self._put),
             metrics=self.metrics,
@@ -151,20 +151,23 @@ def test_a_graph_s_answer_is_judged_as_the_client_s_is(desk, make_frame):
     lines["graph"].wait_for("audit.v1", 1)
 
 
-def test_a_part_of_two_views_may_be_seen_by_a_graph_and_by_the_line(desk, make_frame):
-    """The graph's answer names its frame as the reader knows it; its part, with its id and deadline, is found."""
-    line = desk(stations={"s1": Station(name="s1", views=[StationView(camera="c1"), StationView(camera="c2")])})
+def test_a_part_of_two_views_may_be_seen_by_a_graph_and_by_the_line(desk, make_frame, tmp_path):
+    """The graph's answer names its frame as the reader knows it; its part is found, and names its picture."""
+    views = [StationView(camera="c1"), StationView(camera="c2")]
+    line = desk(stations={"s1": Station(name="s1", views=views)}, kept=tmp_path)
     now_s = time.monotonic()
     (ours,) = line.judge.accept(
         make_frame(camera_id="c2", captured_s=now_s, part_id="c2-R-1", part_id_source="generated")
     )
     theirs = make_frame(image=None, captured_s=now_s + 0.1, part_id="c1-R-1", part_id_source="generated")
     assert line.judge.accept(theirs) == []
-    line.judge.answer(Inference(theirs, scores=Scores(9.0, 9.0, 9.0)))
+    anomaly_map = np.zeros((64, 64), np.float32)
+    line.judge.answer(Inference(theirs, scores=Scores(9.0, 9.0, 9.0), anomaly_map=anomaly_map))
     line.judge.put(Inference(ours, scores=Scores(1.0, 1.0, 1.0)))
     line.wait_for("verdict.v1", 1)
     assert line.verdicts() == [("c2-R-1", "NG", ["score_above_ng", "anomaly_map"])]
-    assert [data["partId"] for data in line.told["view.v1"]] == ["c2-R-1", "c2-R-1"]
+    (verdict,) = line.told["verdict.v1"]
+    assert {view["cameraId"]: view["imageRef"] for view in verdict["views"]} == {"c1": "c1/c2-R-1.NG.jpg", "c2": None}
 
 
 def test_a_part_that_cannot_be_judged_is_left_to_its_deadline(desk, make_frame, monkeypatch):
