@@ -21,6 +21,7 @@ import structlog
 
 from pipeline.batcher import Batcher
 from pipeline.config import LineConfig
+from pipeline.deepstream import Graphs
 from pipeline.errors import ConfigError, DependencyError, LineError
 from pipeline.events import Encoder, Place, decode, inspection_id
 from pipeline.evidence import Evidence
@@ -93,7 +94,11 @@ class Line:
         self.cameras = self._make_readers(config, run)
         known = (self._manifests, self._inference, self._thresholds)
         self._newcomers = Newcomers(
-            config.triton.models_repo, *known, new_products=config.pool is not None, metrics=self.metrics
+            config.triton.models_repo,
+            *known,
+            new_products=config.pool is not None,
+            graph_products=config.graph_products,
+            metrics=self.metrics,
         )
         self._shadow = Shadow(*known, metrics=self.metrics, health=self.health)
         self._heartbeat = self._make_heartbeat(config)
@@ -227,13 +232,7 @@ class Line:
     def _make_outbox(self, config: LineConfig) -> Outbox:
         return Outbox(
             config.outbox,
-            Sink(
-                config.kafka,
-                encoder=self._encoder,
-                metrics=self.metrics,
-                health=self.health,
-                tracing=self._tracing,
-            ),
+            Sink(config.kafka, encoder=self._encoder, metrics=self.metrics, health=self.health, tracing=self._tracing),
             max_held=config.kafka.max_unacknowledged,
             metrics=self.metrics,
             health=self.health,
@@ -280,6 +279,7 @@ class Line:
             run=run,
             budget_s=config.budget_ms / 1e3,
             networks=config.camera_networks,
+            graphs=Graphs(config, self._manifests),
         )
 
     def _make_heartbeat(self, config: LineConfig) -> Heartbeat:

@@ -6,6 +6,7 @@ camera. Called by `config`, `ingest` and `sources`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -90,11 +91,32 @@ class RtspCamera(LiveCamera):
     decoder: Literal["ffmpeg", "gstreamer", "deepstream"] = "ffmpeg"
     """Who decodes: FFmpeg or GStreamer in a process beside the worker, or DeepStream on the GPU, also beside it.
     DeepStream reads no part ids from the stream; its cameras of one `picture_size` share a process."""
+    inference: Literal["line", "graph"] = "line"
+    """Who asks Triton: the line, or with `decoder: deepstream` the graph that decodes, so that pictures stay on the
+    GPU and only scores and maps leave it. All cameras of a product have the same; those of a graph have no `region`, no
+    queue and no picture in evidence, `free_run` stations and one address of Triton, and are of no pool."""
 
     @field_validator("url")
     @classmethod
     def _no_credentials(cls, url: str) -> str:
         return without_credentials(url)
+
+    @model_validator(mode="after")
+    def _graph_fits(self) -> Self:
+        if self.inference == "line":
+            return self
+        if self.decoder != "deepstream":
+            raise ValueError("`inference: graph` needs `decoder: deepstream`")
+        why = {
+            "region": "the graph shows the network whole pictures",
+            "frozen_after_s": "its pictures stay on the GPU, where nobody compares them",
+            "queue_frames": "the graph has a queue of its own",
+            "overflow": "the graph has a queue of its own",
+        }
+        for key, reason in why.items():
+            if key in self.model_fields_set and getattr(self, key) is not None:
+                raise ValueError(f"`inference: graph` goes without `{key}`: {reason}")
+        return self
 
     def address(self) -> str:
         """Give the address with credentials, to be handed to the decoder and to nothing else."""
@@ -206,6 +228,11 @@ class PoolMember(Block):
 
 AnyCamera = RtspCamera | GenicamCamera | UsbCamera | VideoCamera | FolderCamera
 Camera = Annotated[AnyCamera, Field(discriminator="type")]
+
+
+def graph_cameras(cameras: Iterable[Camera]) -> list[RtspCamera]:
+    """Give those of some cameras whose graph asks Triton itself."""
+    return [camera for camera in cameras if isinstance(camera, RtspCamera) and camera.inference == "graph"]
 
 
 def without_credentials(url: str) -> str:

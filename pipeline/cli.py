@@ -237,7 +237,7 @@ def deepstream_render(
     root: Annotated[Path | None, typer.Option(help="Where DeepStream will find the folder. Default: --out.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write DeepStream's graphs for a line: its cameras, the ensemble on Triton, and where its scores come out."""
+    """Write down the graphs that `logicrd run` starts for cameras with `inference: graph`, one a product."""
     written = [str(path) for path in deepstream.write(configuration.load(config), out, root or out.resolve())]
     answer({"written": written}, as_json, "\n".join(written))
 

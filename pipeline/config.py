@@ -25,15 +25,9 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from pipeline.cameras import (
-    AnyCamera,
-    Block,
-    Camera,
-    Name,
-    Positive,
-    read_secret,
-)
+from pipeline.cameras import AnyCamera, Block, Camera, Name, Positive, graph_cameras, read_secret
 from pipeline.errors import ConfigError
+from pipeline.graph_rules import check_graphs
 from pipeline.region import RegionOfInterest, with_mask_read
 from pipeline.servers import Kafka, Redis, Tracing, Triton
 from pipeline.stations import Station, StationView, check_views
@@ -193,6 +187,7 @@ class LineConfig(BaseSettings):
         for station in self.stations:
             here = {camera.id for camera in self.cameras if camera.station == station.name}
             check_views(station, here, pooled=self.pool is not None)
+        check_graphs(self.cameras, self.stations, self.triton)
         return self
 
     @model_validator(mode="after")
@@ -227,6 +222,11 @@ class LineConfig(BaseSettings):
         fixed = [view.product for station in self.stations for view in station.views if view.product is not None]
         recipes = [product for station in self.stations for product in station.recipes]
         return list(dict.fromkeys([*(camera.product for camera in self.cameras), *fixed, *recipes]))
+
+    @property
+    def graph_products(self) -> list[str]:
+        """Products that graphs ask Triton for, each once, in the order of the file."""
+        return list(dict.fromkeys(camera.product for camera in graph_cameras(self.cameras)))
 
     @property
     def station_plans(self) -> dict[str, Station]:

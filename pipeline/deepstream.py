@@ -1,79 +1,233 @@
 """The all-GPU alternative, for lines of many RTSP cameras on one GPU: decode, scale and ask Triton inside DeepStream.
 
-`render` writes what such a line needs from its line file and manifests: one graph a product, so that one that stops
-takes no other with it. `read_inference` takes the scores and maps that the graph's probe hands over (in
-`sources/graph_child.py`) and gives what Triton's own client would give, so that `verdict.decide` judges both. Nothing
-here has met a GPU: files are parsed by tests, the probe is type-checked. Called by the command line.
+One graph a product, made from the line file and the manifest, so that one that stops takes no other with it. A camera
+with `inference: graph` is opened here in place of `sources`: its reader gets each frame when it goes into the network,
+without the picture, and what Triton said when it comes out, so that all that follows is that of any other frame. Asks
+and judges nothing itself. Nothing here has met a GPU: files are parsed by tests, what runs in the graph's process is
+type-checked. Called by `readers`, and by the command that writes the graphs down.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import yaml
 
-from pipeline.cameras import RtspCamera
+from pipeline.cameras import Camera, RtspCamera, graph_cameras
 from pipeline.config import LineConfig
-from pipeline.errors import ConfigError
-from pipeline.manifest import Manifest, read_manifest
-from pipeline.networks import refusals
-from pipeline.sources.deepstream import MUX, GraphFrameError, GraphPipe, Node, multi_source
+from pipeline.errors import ConfigError, SourceError
+from pipeline.manifest import Manifest, Manifests, read_manifest, with_models_region
+from pipeline.networks import Networks, admitted, refusals
+from pipeline.sources import Source, open_source
+from pipeline.sources.deepstream import (
+    MUX,
+    GraphFrameError,
+    GraphHost,
+    GraphPipe,
+    Node,
+    free_port,
+    multi_source,
+    scores_start,
+    wall_clock,
+)
 from pipeline.tensors import INPUT, OUTPUTS
-from pipeline.types import Cause, Frame, Inference, Model, Scores
+from pipeline.types import Cause, Model, Scored, Scores, Seen
 
 FIRST_PORT = 9000
-"""REST port of the first product's graph, on loopback; each further product takes the next one."""
+"""REST port of the first product's graph as it is written down, on loopback; each further product takes the next one. A
+line that runs takes any free ones."""
 _AREA_FILTER = 3
 """NvBufSurfTransformInter_Algo2, super-sampling on a GPU: the nearest to the area filter of training, and not the same.
 Thresholds are to be calibrated on pictures that came this way."""
 _FLOAT_BYTES = 4
 
 
-def write(config: LineConfig, out: Path, root: Path) -> list[Path]:
-    """Write the files of `render` to a folder; gives their paths. Raises ConfigError."""
-    paths = []
-    manifests = {product: read_manifest(config.triton.models_repo, product) for product in config.products}
-    for name, text in render(config, manifests, root).items():
-        path = out / name
+class Graphs:
+    """The graphs of one line; each is a process that lives while one of its product's cameras is open.
+
+    Safe from every thread. `manifests` says which version of a product a graph asks for when it starts.
+    """
+
+    def __init__(self, config: LineConfig, manifests: Manifests) -> None:
+        self._config = config
+        self._manifests = manifests
+        self._lock = threading.Lock()
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._running: dict[str, _Graph] = {}
+
+    def open(self, camera: Camera, networks: Networks = ()) -> Source:
+        """Make the source of any camera, as `sources.open_source` does; one of a graph that scores is made here."""
+        if not isinstance(camera, RtspCamera) or camera.inference != "graph":
+            return open_source(camera, networks)
+        camera = admitted(camera, networks)
+        assert isinstance(camera, RtspCamera)  # noqa: S101 (its address alone may differ)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            with self._lock:
+                graph = self._graph(self._manifests[camera.product])
         except OSError as error:
-            raise ConfigError(f"--out {path}: {error.strerror}", hint="name a folder that can be written") from None
-        paths.append(path)
-    return paths
+            raise SourceError(f"the graph's files cannot be written: {error}", reason="capture_died") from None
+        return ScoredSource(camera, graph, self._manifests)
+
+    def close(self) -> None:
+        """Remove the graphs' files, once no camera is open any more."""
+        with self._lock:
+            if self._folder is not None:
+                self._folder.cleanup()
+            self._folder = None
+            self._running.clear()
+
+    def _graph(self, manifest: Manifest) -> _Graph:
+        """Give the product's graph; another version has another one."""
+        graph = self._running.get(manifest.product)
+        if graph is None or graph.manifest.model_sha256 != manifest.model_sha256:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="logicrd-graphs-")
+            folder = Path(self._folder.name) / f"{manifest.product}.v{manifest.version}"
+            port = free_port()
+            _save(folder, files_of(self._config, manifest, folder, port))
+            graph = _Graph(manifest, GraphHost(scores_start(folder / "pipeline.yaml", port)))
+            self._running[manifest.product] = graph
+        return graph
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    manifest: Manifest
+    host: GraphHost
+
+
+class ScoredSource:
+    """One camera of a graph that scores; see `Source` for the contract."""
+
+    def __init__(self, camera: RtspCamera, graph: _Graph, manifests: Mapping[str, Manifest]) -> None:
+        self._pipe = GraphPipe(camera, graph.host)
+        self._manifest = graph.manifest
+        self._manifests = manifests
+
+    def __enter__(self) -> ScoredSource:
+        self._pipe.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pipe.__exit__(kind, error, trace)
+
+    def read(self) -> Seen | Scored | None:
+        """Wait for the next frame that goes into the network, or comes out of it; None at the camera's own end.
+
+        Raises SourceError when it is lost, or when another version of the product is in force: a graph has one.
+        """
+        current = self._manifests[self._manifest.product]
+        if current.model_sha256 != self._manifest.model_sha256:
+            text = f"the graph of version {self._manifest.version} ends: version {current.version} is in force"
+            raise SourceError(text, reason="new_version")
+        try:
+            message = self._pipe.next()
+        except GraphFrameError as error:  # its map found no room on its way here
+            return Scored(-1 if error.number is None else error.number, error.captured_s, cause=Cause.QUEUE_FULL)
+        if message is None:
+            return None
+        header, body = message
+        if "scores" in header:
+            return scored(header, body, self._manifest)
+        captured_s = header["captured_s"]
+        return Seen(header["frame"], (header["width"], header["height"]), wall_clock(captured_s), captured_s)
+
+
+def scored(header: Mapping[str, Any], body: bytes | bytearray, manifest: Manifest) -> Scored:
+    """Read what came out of the network for a frame, as the client reads an answer: any other tensors than the
+    manifest's are a `model_mismatch`."""
+    number, received_s, scores = header["frame"], header["captured_s"], header["scores"]
+    if not scores:
+        return Scored(number, received_s, cause=Cause.TRITON_UNAVAILABLE)
+    shape = tuple(header.get("shape", ()))
+    expected = header.get("map") == OUTPUTS[3] and shape == manifest.map_shape and set(scores) == set(OUTPUTS[:3])
+    if not expected or len(body) != _FLOAT_BYTES * int(np.prod(shape)):
+        return Scored(number, received_s, cause=Cause.MODEL_MISMATCH)
+    return Scored(
+        number,
+        received_s,
+        scores=Scores(*(float(scores[name]) for name in OUTPUTS[:3])),
+        anomaly_map=np.frombuffer(body, "<f4").reshape(shape).astype(np.float32),
+        model=Model(manifest.product, str(manifest.version), manifest.model_sha256),
+    )
 
 
 def render(config: LineConfig, manifests: Mapping[str, Manifest], root: Path) -> dict[Path, str]:
     """Give the files of the line's graphs, as paths below the folder that DeepStream will find at `root`.
 
-    Raises ConfigError for a camera that DeepStream does not read, by its name.
+    Raises ConfigError when no camera is of a graph, for one that lies outside of the line's networks, and for a product
+    that sees a region.
     """
     files: dict[Path, str] = {}
-    for index, product in enumerate(config.products):
-        cameras = _rtsp_cameras(config, product)
+    for index, product in enumerate(config.graph_products):
+        cameras = _cameras(config, product)
+        for camera in cameras:
+            with_models_region(camera, manifests[product])  # raises for a product that sees a region
+        if said := refusals(cameras, config.camera_networks):
+            raise ConfigError(said[0])
         folder = Path(product)
-        nodes = graph(config, root / folder, port=FIRST_PORT + index, most_cameras=len(cameras))
-        files[folder / "pipeline.yaml"] = pipeline_yaml(nodes)
-        files[folder / "nvinferserver.pbtxt"] = inference_text(config, manifests[product])
-        files[folder / "mux.txt"] = MUX
-        files[folder / "cameras.json"] = json.dumps([_listed(camera) for camera in cameras], indent=1) + "\n"
+        made = files_of(config, manifests[product], root / folder, FIRST_PORT + index)
+        made[Path("cameras.json")] = json.dumps([_listed(camera) for camera in cameras], indent=1) + "\n"
+        files |= {folder / name: text for name, text in made.items()}
+    if not files:
+        hint = "set `decoder: deepstream` and `inference: graph` on the cameras of a product"
+        raise ConfigError("no camera of this line file is scored by a graph", hint=hint)
     return files
 
 
+def write(config: LineConfig, out: Path, root: Path) -> list[Path]:
+    """Write the files of `render` to a folder, which is made if need be; gives their paths. Raises ConfigError."""
+    manifests = {product: read_manifest(config.triton.models_repo, product) for product in config.graph_products}
+    files = render(config, manifests, root)
+    try:
+        return _save(out, files)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {error.filename}: {error.strerror}", hint="name a folder that can be written"
+        ) from None
+
+
+def _save(folder: Path, files: Mapping[Path, str]) -> list[Path]:
+    paths = [folder / name for name in files]
+    for path, text in zip(paths, files.values(), strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return paths
+
+
+def files_of(config: LineConfig, manifest: Manifest, folder: Path, port: int) -> dict[Path, str]:
+    """Give the files of a product's graph, which DeepStream will find in `folder`."""
+    nodes = graph(config, folder, port=port, most_cameras=len(_cameras(config, manifest.product)))
+    return {
+        Path("pipeline.yaml"): pipeline_yaml(nodes),
+        Path("nvinferserver.pbtxt"): inference_text(config, manifest),
+        Path("mux.txt"): MUX,
+    }
+
+
 def graph(config: LineConfig, folder: Path, *, port: int, most_cameras: int) -> list[Node]:
-    """Describe a product's graph: cameras, the ensemble on Triton, and a sink for frames that have been judged."""
+    """Describe a product's graph: cameras, the ensemble on Triton, and a sink for frames that have been judged.
+
+    The element before the network does nothing: a probe at its output sees the frames that go in.
+    """
     cameras = multi_source(port, most_cameras)
     cameras["properties"]["config-file-path"] = str(folder / "mux.txt")
     settings = {"config-file-path": str(folder / "nvinferserver.pbtxt"), "batch-size": config.batching.max_size}
     # A sink that waits for its first buffer (`async`) keeps a graph without cameras from ever playing.
     return [
         cameras,
+        {"type": "identity", "name": "arrivals", "properties": {"silent": True}},
         {"type": "nvinferserver", "name": "infer", "properties": settings},
         {"type": "fakesink", "name": "end", "properties": {"sync": False, "async": False}},
     ]
@@ -107,7 +261,7 @@ infer_config {{
     triton {{
       model_name: "{manifest.product}"
       version: {manifest.version}
-      grpc {{ url: "{config.triton.address}" enable_cuda_buffer_sharing: false }}
+      grpc {{ url: "{config.triton.addresses[0]}" enable_cuda_buffer_sharing: false }}
     }}
     output_mem_type: MEMORY_TYPE_CPU
   }}
@@ -131,46 +285,8 @@ output_control {{ output_tensor_meta: true }}
 """
 
 
-def read_inference(pipe: GraphPipe, frame_at: Callable[[float], Frame], manifest: Manifest) -> Inference | None:
-    """Wait for a camera's next scores; None at its end. Raises SourceError when it is lost.
-
-    `frame_at(captured_s)` makes the frame, which has no picture here. What the graph could not judge has a cause.
-    """
-    try:
-        message = pipe.next()
-    except GraphFrameError as error:
-        return Inference(frame_at(error.captured_s), cause=Cause.TRITON_UNAVAILABLE)
-    if message is None:
-        return None
-    header, body = message
-    frame = frame_at(header["captured_s"])
-    scores = header.get("scores", {})
-    shape = tuple(header.get("shape", ()))
-    expected = header.get("map") == OUTPUTS[3] and shape == manifest.map_shape and set(scores) == set(OUTPUTS[:3])
-    if not expected or len(body) != _FLOAT_BYTES * int(np.prod(shape)):
-        return Inference(frame, cause=Cause.MODEL_MISMATCH)
-    return Inference(
-        frame,
-        scores=Scores(*(float(scores[name]) for name in OUTPUTS[:3])),
-        anomaly_map=np.frombuffer(body, "<f4").reshape(shape).astype(np.float32),
-        model=Model(manifest.product, str(manifest.version), manifest.model_sha256),
-    )
-
-
-def _rtsp_cameras(config: LineConfig, product: str) -> list[RtspCamera]:
-    cameras = []
-    for camera in config.cameras:
-        if camera.product != product:
-            continue
-        if not isinstance(camera, RtspCamera):
-            raise ConfigError(
-                f"camera {camera.id!r} is of type {camera.type}: DeepStream reads RTSP cameras here",
-                hint="leave it to `logicrd run`, in a line file of its own",
-            )
-        if said := refusals([camera], config.camera_networks):
-            raise ConfigError(said[0])
-        cameras.append(camera)
-    return cameras
+def _cameras(config: LineConfig, product: str) -> list[RtspCamera]:
+    return [camera for camera in graph_cameras(config.cameras) if camera.product == product]
 
 
 def _listed(camera: RtspCamera) -> dict[str, Any]:

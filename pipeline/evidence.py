@@ -1,7 +1,8 @@
 """Pictures kept for review: overlays of what was not OK, and, when asked, every frame as it went to the model.
 
-Written by one thread from a bounded queue; a full queue or disk costs pictures, never verdicts, and is counted and
-said. The name of a picture is known before it is written, so that the verdict can point to it.
+Where a graph keeps the picture, its heat map alone is drawn, on grey. Written by one thread from a bounded queue; a
+full queue or disk costs pictures, never verdicts, and is counted and said. The name of a picture is known before it is
+written, so that the verdict can point to it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _STAGE = "evidence"
 _QUEUE_LENGTH = 64
 _PANEL_HEIGHT = 320
 _TITLE_WIDTH = 2 * round(_PANEL_HEIGHT * 4 / 3)
+_GREY = np.full((_PANEL_HEIGHT, round(_PANEL_HEIGHT * 4 / 3), 3), 96, np.uint8)
 
 log = structlog.get_logger(__name__)
 
@@ -57,16 +59,20 @@ class Evidence:
 
     def reference(self, inference: Inference, judgement: Judgement) -> str | None:
         """Name the picture that will be kept of a frame, relative to the folder; None when none is."""
-        wanted = judgement in {Judgement.NG, Judgement.REVIEW} or self._settings.keep == "all"
-        if self._settings.dir is None or inference.frame.image is None or not wanted:
-            return None
         frame = inference.frame
+        shown = judgement in {Judgement.NG, Judgement.REVIEW}
+        if frame.image is None:
+            wanted = shown and inference.anomaly_map is not None
+        else:
+            wanted = shown or self._settings.keep == "all"
+        if self._settings.dir is None or not wanted:
+            return None
         part_id = f"{frame.part_id}.{frame.meas_id}" if frame.meas_id else frame.part_id
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", part_id)[:100]
         if name != part_id:  # two parts must not share a name that was made fit
             name += f".{crc32(part_id.encode()):08x}"
-        kind = "jpg" if judgement in {Judgement.NG, Judgement.REVIEW} else "png"
-        return f"{inference.frame.camera_id}/{name}.{judgement.value}.{kind}"
+        kind = "jpg" if shown else "png"
+        return f"{frame.camera_id}/{name}.{judgement.value}.{kind}"
 
     def keep(self, view: ViewVerdict) -> None:
         """Hand a view's picture over, if one is kept of it."""
@@ -102,11 +108,9 @@ class Evidence:
 
     def _write(self, path: Path, inference: Inference, title: str) -> None:
         image = inference.frame.image
-        if image is None:
-            return
         if path.suffix == ".jpg":
-            self._save(path, self._panel(image, inference, title))
-        if self._settings.keep == "all":
+            self._save(path, self._panel(_GREY if image is None else image, inference, title))
+        if image is not None and self._settings.keep == "all":
             self._save(path.with_suffix(".png"), image)
         while len(self._written) > self._settings.max_files:
             self._written.popleft().unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """One supervised reader a camera: opens it, stamps each frame, brings it to model size, hands it over.
 
 A camera that is lost is opened again with growing pauses, one log line a change of state; a picture that cannot be used
-becomes a frame with a cause, so that its part gets a verdict. Never decides, never queues. Started by `app`.
+becomes a frame with a cause, so that its part gets a verdict. A graph that keeps its pictures gives frames without
+them, and what it says of each later on. Never decides, never queues. Started by `app`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from pipeline.metrics import Metrics
 from pipeline.networks import Networks
 from pipeline.region import cut_region
 from pipeline.sources import Source, open_source
-from pipeline.types import IDLE, CameraState, Cause, Frame, Image, Picture
+from pipeline.types import IDLE, CameraState, Cause, Frame, Idle, Image, Inference, Picture, Scored, Seen
 
 FIRST_PAUSE_S = 0.5
+_MOST_ASKED = 1000
+"""Frames of a camera of which a graph has said nothing yet; of the oldest beyond it an answer counts for nothing."""
 
 log = structlog.get_logger(__name__)
 
@@ -41,10 +44,12 @@ class Handover:
     """What a reader needs of the line: where frames go, when there is room, and whom to tell.
 
     `announce(camera_id, state, reason)` is called once a change of state; `run` names this run in generated part ids,
-    and no camera is opened outside of `networks`, where there are any.
+    and no camera is opened outside of `networks`, where there are any. `answer` gets what a graph says of frames that
+    were accepted without their picture.
     """
 
     accept: Callable[[Frame], None]
+    answer: Callable[[Inference], None]
     wait_for_room: Callable[[str, float], bool]
     announce: Callable[[str, CameraState, str], None]
     metrics: Metrics
@@ -52,6 +57,7 @@ class Handover:
     run: str
     budget_s: float
     networks: Networks = ()
+    open: Callable[[Camera, Networks], Source] = open_source
 
 
 class CameraReader:
@@ -71,6 +77,8 @@ class CameraReader:
         self._last_count: int | None = None
         self._is_keyless = False
         self._frame_fault = ""
+        # Frames whose picture a graph keeps and of which it has said nothing yet, by its number, the oldest first.
+        self._asked: dict[int, Frame] = {}
         # The last picture's digest, and since when it has been the same.
         self._still: tuple[int, float] | None = None
         self._stage = f"camera {camera.id}"
@@ -138,42 +146,67 @@ class CameraReader:
     def _read_once(self) -> SourceError | None:
         """Read from opening to the end or the loss of the source; gives the reason of a loss."""
         try:
-            with open_source(self._camera, self._line.networks) as source:
+            with self._line.open(self._camera, self._line.networks) as source:
                 self._read_all(source)
         except SourceError as error:
             return error
+        finally:
+            self._give_up_asked()
         return None
 
     def _read_all(self, source: Source) -> None:
         next_due = time.monotonic()
         self._last_count = None
         self._is_keyless = False
-        while not self._stop.is_set():
+        while not self._is_over():
             self._line.health.beat(self._stage)
-            if not self._line.wait_for_room(self._camera.id, 0.5) or self._stop.is_set():
-                continue  # the line makes room for nothing new when it ends
+            if not self._may_read():
+                continue
             if not isinstance(self._camera, LiveCamera) and (rate := self._camera.rate) > 0:
                 if self._stop.wait(max(0.0, next_due - time.monotonic())):
                     return
                 next_due = max(next_due + 1 / rate, time.monotonic() - 1 / rate)
             try:
-                picture = source.read()
+                read = source.read()
             except FrameError as error:
-                self._count_gap(error.trigger_count)
-                if error.reason == "no_key_frame" and error.part_id is None:
-                    self._count_keyless()
-                else:
-                    self._hand_over_fault(error)
+                self._take_fault(error)
                 continue
-            if picture is IDLE:
-                if isinstance(self._camera, LiveCamera) and self._camera.is_triggered:
-                    self._change(CameraState.STREAMING)
-                continue
-            if picture is None:
+            if read is None:
                 return
-            self._count_gap(picture.trigger_count)
-            self._refuse_frozen(picture)
-            self._hand_over(picture)
+            self._take(read)
+
+    def _is_over(self) -> bool:
+        """Whether the reader was told to end, and no graph has to say anything that would still come in time."""
+        if not self._stop.is_set():
+            return False
+        now_s = time.monotonic()
+        return all(frame.deadline_s <= now_s for frame in self._asked.values())
+
+    def _may_read(self) -> bool:
+        """Wait until the line has room for a frame. It makes none when it ends, but what a graph was asked may come."""
+        if self._stop.is_set():
+            return True
+        return self._line.wait_for_room(self._camera.id, 0.5) and not self._stop.is_set()
+
+    def _take(self, read: Picture | Seen | Scored | Idle) -> None:
+        """Hand on what the source gave."""
+        if isinstance(read, Picture):
+            self._count_gap(read.trigger_count)
+            self._refuse_frozen(read)
+            self._hand_over(read)
+        elif isinstance(read, Scored):
+            self._answer(read)
+        elif isinstance(read, Seen) and not self._stop.is_set():
+            self._hand_over_seen(read)
+        elif read is IDLE and isinstance(self._camera, LiveCamera) and self._camera.is_triggered:
+            self._change(CameraState.STREAMING)
+
+    def _take_fault(self, error: FrameError) -> None:
+        self._count_gap(error.trigger_count)
+        if error.reason == "no_key_frame" and error.part_id is None:
+            self._count_keyless()
+        else:
+            self._hand_over_fault(error)
 
     def _count_gap(self, count: int | None) -> None:
         """Report the frames that the camera counted and that never came."""
@@ -206,16 +239,14 @@ class CameraReader:
 
     def _hand_over(self, picture: Picture) -> None:
         self._change(CameraState.STREAMING)
-        view = self._view
-        expected = self._camera.picture_size if view is None else list(view.picture)
         height, width = picture.image.shape[:2]
-        if expected is not None and expected != [width, height]:
-            wrong = f"picture is {width} x {height}, `picture_size` says {expected[0]} x {expected[1]}"
+        if wrong := self._wrong_size(width, height):
             self._hand_over_fault(
                 FrameError(wrong, part_id=picture.part_id, part_id_source=picture.part_id_source), picture
             )
             return
         self._frame_fault = ""
+        view = self._view
         image = picture.image if view is None else cut_region(picture.image, view.crop, view.rotate, self._inside)
         image = to_model_size(image, *self._model_size)
         self._accept(
@@ -227,13 +258,54 @@ class CameraReader:
             picture.trigger_count,
         )
 
-    def _hand_over_fault(self, error: FrameError, picture: Picture | None = None) -> None:
+    def _hand_over_seen(self, seen: Seen) -> None:
+        """Hand on a frame whose picture a graph keeps: it has asked Triton at this moment."""
+        self._change(CameraState.STREAMING)
+        if wrong := self._wrong_size(*seen.size):
+            self._hand_over_fault(FrameError(wrong), seen)
+            return
+        self._frame_fault = ""
+        self._asked[seen.number] = self._accept(None, seen.captured_at, seen.captured_s, None, None)
+        if len(self._asked) > _MOST_ASKED:
+            del self._asked[next(iter(self._asked))]
+
+    def _answer(self, scored: Scored) -> None:
+        """Hand on what a graph says of a frame; of one that was not taken, nothing."""
+        frame = self._asked.pop(scored.number, None)
+        if frame is None:
+            return
+        self._line.answer(
+            Inference(
+                frame,
+                scores=scored.scores,
+                anomaly_map=scored.anomaly_map,
+                model=scored.model,
+                cause=scored.cause,
+                sent_s=frame.captured_s,
+                received_s=scored.received_s,
+            )
+        )
+
+    def _give_up_asked(self) -> None:
+        """Tell of the frames that a graph will never say anything of: it was closed, or it is lost."""
+        for frame in self._asked.values():
+            self._line.answer(Inference(frame, cause=Cause.TRITON_UNAVAILABLE, sent_s=frame.captured_s))
+        self._asked.clear()
+
+    def _wrong_size(self, width: int, height: int) -> str:
+        """Say what is wrong with a picture's size; '' when it is the camera's."""
+        expected = self._camera.picture_size if self._view is None else list(self._view.picture)
+        if expected is None or expected == [width, height]:
+            return ""
+        return f"picture is {width} x {height}, `picture_size` says {expected[0]} x {expected[1]}"
+
+    def _hand_over_fault(self, error: FrameError, picture: Picture | Seen | None = None) -> None:
         if str(error) != self._frame_fault:  # once a spell: a camera of the wrong size would fill the log
             self._frame_fault = str(error)
             log.warning("frame not usable", camera=self._camera.id, cause=Cause.FRAME_CORRUPT.value, error=str(error))
         captured_at = picture.captured_at if picture is not None else datetime.now(UTC)
         captured_s = picture.captured_s if picture is not None else time.monotonic()
-        trigger_count = picture.trigger_count if picture is not None else error.trigger_count
+        trigger_count = picture.trigger_count if isinstance(picture, Picture) else error.trigger_count
         self._accept(
             None, captured_at, captured_s, error.part_id, error.part_id_source, trigger_count, Cause.FRAME_CORRUPT
         )
@@ -247,11 +319,12 @@ class CameraReader:
         part_id_source: str | None,
         trigger_count: int | None = None,
         cause: Cause | None = None,
-    ) -> None:
+    ) -> Frame:
         self._number += 1
         if part_id is not None and self._round:
             part_id = f"{part_id}#{self._round}"
-        ready_s = time.monotonic()
+        is_graphs = image is None and cause is None  # decoded and sent when it was seen
+        ready_s = captured_s if is_graphs else time.monotonic()
         frame = Frame(
             camera_id=self._camera.id,
             station=self._camera.station,
@@ -270,6 +343,7 @@ class CameraReader:
         )
         self._line.metrics.stage("ingest", ready_s - captured_s)
         self._line.accept(frame)
+        return frame
 
     def _change(self, state: CameraState, reason: str = "", text: str = "", hint: str = "") -> None:
         if (state, reason) == (self._state, self._reason):

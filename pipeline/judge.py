@@ -157,6 +157,12 @@ class Judge:
         except queue.Full:
             log.error("the judge is far behind: a part is left to its deadline", part=inference.frame.part_id)
 
+    def answer(self, inference: Inference) -> None:
+        """Queue what a graph said of a frame as its reader handed it over: `accept` took that frame before."""
+        with self._lock:
+            frame = self._parts.admitted(inference.frame)
+        self.put(replace(inference, frame=frame))
+
     def close(self) -> None:
         """Judge what is queued, end the thread, and give whatever is still open its verdict."""
         self._stop.set()
@@ -174,7 +180,7 @@ class Judge:
                 self.put(Inference(frame, cause=frame.cause))
             elif frame.product not in self._manifests:
                 self.put(Inference(frame, cause=Cause.PRODUCT_NOT_READY))
-            else:
+            elif frame.image is not None:  # else a graph has asked Triton already, and gives its answer by itself
                 ready.append(frame if self._tracing is None else self._traced(frame, self._tracing))
         return ready
 

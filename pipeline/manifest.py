@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.cameras import Camera
+from pipeline.cameras import Camera, graph_cameras
 from pipeline.errors import ConfigError
 from pipeline.region import RegionOfInterest
 from pipeline.types import Model, Threshold, ThresholdSource
@@ -176,6 +176,12 @@ def products_in(models_repo: Path) -> list[str]:
 def with_models_region(camera: Camera, manifest: Manifest) -> Camera:
     """Give a camera that has no region of its own the one that its model was trained with. Raises ConfigError."""
     region = manifest.region
+    if region is not None and graph_cameras([camera]):
+        raise ConfigError(
+            f"camera {camera.id!r}: product {camera.product!r} sees a region, and `inference: graph` shows it whole "
+            "pictures",
+            hint="set `inference: line`, or train the product on whole pictures",
+        )
     if camera.region is not None or region is None:
         return camera
     if camera.picture_size not in (None, region.picture_size):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Collection
 from pathlib import Path
 
 import structlog
@@ -42,6 +43,7 @@ class Newcomers:
         thresholds: ThresholdCache,
         *,
         new_products: bool,
+        graph_products: Collection[str],
         metrics: Metrics,
     ) -> None:
         self._models_repo = models_repo
@@ -49,6 +51,7 @@ class Newcomers:
         self._inference = inference
         self._thresholds = thresholds
         self._new_products = new_products
+        self._graph_products = graph_products
         self._metrics = metrics
         # Why what the repository has of a product is not the line's yet, as last said.
         self._faults: dict[str, str] = {}
@@ -127,7 +130,9 @@ class Newcomers:
             self._inference.withdraw(product)
             if rollout is not None:
                 manifest = read_candidate(self._models_repo, product, rollout)
-                if not (fault := self._learn(manifest, current)):
+                if product in self._graph_products:
+                    fault = "its cameras have `inference: graph`, which asks for the version in force alone"
+                elif not (fault := self._learn(manifest, current)):
                     self._inference.offer(manifest, rollout)
         except ConfigError as error:
             rollout, fault = before, str(error)

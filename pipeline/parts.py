@@ -196,6 +196,11 @@ class Parts:
         part = self._by_frame.get((frame.camera_id, frame.number))
         return part.part if part is not None else None
 
+    def admitted(self, frame: Frame) -> Frame:
+        """Give a frame with its part's identity and deadline; as it is where no part waits for it."""
+        part = self._by_frame.get((frame.camera_id, frame.number))
+        return frame if part is None else part.frames[frame.camera_id]
+
     def settle(self, view: ViewVerdict) -> list[PartVerdict]:
         """Give a view its verdict. Returns the part verdicts of its station that may now go out, in order.
 
@@ -355,16 +360,8 @@ class Parts:
     def _part_of(self, plan: Station, frame: Frame, part_id: str, source: str) -> Part:
         """Identify a part of several views by the frame that opens it."""
         product = self._product(plan.views[0])
-        return Part(
-            plan.name,
-            part_id,
-            source,
-            product,
-            frame.captured_at,
-            frame.captured_s,
-            frame.deadline_s,
-            epoch=frame.epoch,
-        )
+        captured = frame.captured_at, frame.captured_s
+        return Part(plan.name, part_id, source, product, *captured, frame.deadline_s, epoch=frame.epoch)
 
     def _part_of_trigger(self, views: list[StationView], trigger: Trigger) -> Part:
         return Part(

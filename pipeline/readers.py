@@ -15,6 +15,7 @@ import structlog
 
 from pipeline.batcher import Batcher
 from pipeline.cameras import Camera
+from pipeline.deepstream import Graphs
 from pipeline.errors import ConfigError
 from pipeline.events import Encoder
 from pipeline.health import Health
@@ -51,6 +52,7 @@ class Readers:
         run: str,
         budget_s: float,
         networks: Networks,
+        graphs: Graphs,
     ) -> None:
         self._manifests = manifests
         self._stations = stations
@@ -60,8 +62,10 @@ class Readers:
         self._outbox = outbox
         self._metrics = metrics
         self._take = take
+        self._graphs = graphs
         self._handover = Handover(
             accept=take,
+            answer=judge.answer,
             wait_for_room=batcher.wait_for_room,
             announce=self._announce,
             metrics=metrics,
@@ -69,6 +73,7 @@ class Readers:
             run=run,
             budget_s=budget_s,
             networks=networks,
+            open=graphs.open,
         )
         self._readers: dict[str, CameraReader] = {}
         self._numbers: dict[str, int] = {}
@@ -174,6 +179,7 @@ class Readers:
         """Wait for the readers' ends, until this moment of the monotonic clock."""
         for reader in self._readers.values():
             reader.join(max(0.1, until_s - time.monotonic()))
+        self._graphs.close()
 
     def _announce(self, camera_id: str, state: CameraState, reason: str) -> None:
         self._judge.camera_is(camera_id, state)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.cameras import Camera, PoolMember
+from pipeline.cameras import Camera, PoolMember, graph_cameras
 from pipeline.config import nearest
 from pipeline.errors import ConfigError
 
@@ -155,7 +155,12 @@ def parse(document: object, place: str) -> PoolCamera:
         raise ConfigError(f"{place}: a camera is a mapping of keys, not {type(document).__name__}")
     block = {key: value for key, value in document.items() if key != "pool"}
     try:
-        return PoolCamera(_pool_of(document, place), _CAMERA.validate_python(block))
+        camera = _CAMERA.validate_python(block)
+        if graph_cameras([camera]):
+            raise ConfigError(
+                f"{place}: a camera with `inference: graph` belongs in a worker's line file, not in a pool"
+            )
+        return PoolCamera(_pool_of(document, place), camera)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
         steps = fault["loc"][1:]

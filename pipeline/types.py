@@ -93,6 +93,32 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """A picture that came into a graph which keeps it and asks Triton itself: its `Scored` comes later, or never.
+
+    `number` is the graph's own of this camera's frames, for one opening of the source. `size` is (width, height) of the
+    camera's picture in pixels.
+    """
+
+    number: int
+    size: tuple[int, int]
+    captured_at: datetime
+    captured_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a graph says of the frame that it named by this number, or why it has nothing to say (`cause`)."""
+
+    number: int
+    received_s: float
+    scores: Scores | None = None
+    anomaly_map: AnomalyMap | None = None
+    model: Model | None = None
+    cause: Cause | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Trigger:
     """A message that a part is in front of the cameras: who it is and what it has to be.
 
@@ -150,7 +176,7 @@ class View:
 class Frame:
     """One view of one part on its way through the line.
 
-    `image` is at model size; it is None exactly when `cause` says why the picture cannot be judged.
+    `image` is at model size; it is None when `cause` says why the picture cannot be judged, or when a graph keeps it.
     `number` counts the frames of this camera since the worker started, from 1. `view` is None where the frame shows the
     camera's whole picture. `epoch` is the generation of the camera pool's group at capture, None for a worker without a
     pool. `ready_s` is when its reader had decoded it, `request` the trace context of its request to Triton (W3C

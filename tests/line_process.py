@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +19,11 @@ from pipeline.tail import VerdictReader
 
 
 class LineProcess:
-    """`logicrd run --json` on a line file; stopped by SIGTERM at the end of the block."""
+    """`logicrd run --json` on a line file; stopped by SIGTERM at the end of the block. `program` is how to start it."""
 
-    def __init__(self, line_file: Path, *arguments: str) -> None:
+    def __init__(self, line_file: Path, *arguments: str, program: Sequence[str] = ("-m", "pipeline.cli")) -> None:
         self._log = line_file.with_suffix(".log")
-        self._command = [sys.executable, "-m", "pipeline.cli", "run", "-c", str(line_file), "--json", *arguments]
+        self._command = [sys.executable, *program, "run", "-c", str(line_file), "--json", *arguments]
         self.summary: dict[str, Any] = {}
         self.exit_code: int | None = None
 

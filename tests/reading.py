@@ -52,6 +52,7 @@ def reading(camera: Camera, networks: Networks = ()) -> Iterator[Reading]:
     done.metrics.camera(camera.id, product=camera.product, station=camera.station)
     handover = Handover(
         accept=done.frames.append,
+        answer=lambda _: None,
         wait_for_room=done.has_room,
         announce=lambda _, state, reason: done.states.append((state, reason)),
         metrics=done.metrics,

@@ -17,7 +17,7 @@ from pipeline.sources.files import FolderSource, open_video
 from pipeline.sources.genicam import open_genicam
 from pipeline.sources.rtsp import open_rtsp
 from pipeline.sources.usb import open_usb
-from pipeline.types import Idle, Picture
+from pipeline.types import Idle, Picture, Scored, Seen
 
 
 class Source(Protocol):
@@ -31,11 +31,12 @@ class Source(Protocol):
     ) -> None:
         """Disconnect; never raises."""
 
-    def read(self) -> Picture | Idle | None:
+    def read(self) -> Picture | Seen | Scored | Idle | None:
         """Wait for the next picture; IDLE when none came for a moment, None at the end of the stream.
 
-        Blocks no longer than the source's read timeout. The picture's memory holds until the next call. Raises
-        FrameError for one unusable picture (the source goes on), SourceError when the source as a whole is lost.
+        A graph that asks Triton itself says that it has seen a picture, and later on what Triton said of it. Blocks no
+        longer than the source's read timeout. The picture's memory holds until the next call. Raises FrameError for one
+        unusable picture (the source goes on), SourceError when the source as a whole is lost.
         """
 
 

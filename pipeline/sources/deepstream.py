@@ -3,7 +3,8 @@
 One adapter, two graphs. The graph is a description, made here without I/O; a child process runs it (`graph_child.py`),
 in the Python that has the bindings, and hands each camera's frames over through a pipe of the camera's own. A camera
 that is lost closes its pipe and no other; a child that hangs is killed, and its cameras are opened anew by ingest. The
-software graph is what tests run; the hardware graph is type-checked against a stub and has not been run.
+software graph is what tests run; the hardware graph is type-checked against a stub and has not been run. A graph that
+gives scores instead of pictures is described by `pipeline.deepstream`.
 """
 
 from __future__ import annotations
@@ -234,11 +235,13 @@ class GraphHost:
 
 
 class GraphFrameError(FrameError):
-    """A frame that the graph could not use or judge, with the time of its arrival (monotonic)."""
+    """A frame that the graph could not use, or gave up; with the time of this (monotonic), and where the graph scores
+    with its number there."""
 
-    def __init__(self, text: str, part_id: str | None, captured_s: float) -> None:
+    def __init__(self, text: str, part_id: str | None, captured_s: float, number: int | None) -> None:
         super().__init__(text, part_id=part_id, part_id_source=None if part_id is None else "sei")
         self.captured_s = captured_s
+        self.number = number
 
 
 class GraphPipe:
@@ -284,7 +287,8 @@ class GraphPipe:
             raise self._lost(header["lost"], header["text"])
         if "fault" in header:
             part_id = part_id_in(bytes.fromhex(header["before"]))
-            raise GraphFrameError(f"{self._camera.url}: {header['fault']}", part_id, header["captured_s"])
+            text = f"{self._camera.url}: {header['fault']}"
+            raise GraphFrameError(text, part_id, header["captured_s"], header.get("frame"))
         return header, body
 
     def _take(self, count: int, until_s: float) -> bytearray:
@@ -331,9 +335,13 @@ class GraphSource:
             raise SourceError(f"pictures over {MAX_PIXELS} pixels", reason="too_large", final=True)
         image = np.frombuffer(body, np.uint8).reshape(height, stride)[:, : width * 3].reshape(height, width, 3)
         part_id = part_id_in(bytes.fromhex(header["before"]))
-        captured_at = datetime.now(UTC) - timedelta(seconds=time.monotonic() - header["captured_s"])
         origin = None if part_id is None else "sei"
-        return Picture(image, captured_at, header["captured_s"], part_id, origin)
+        return Picture(image, wall_clock(header["captured_s"]), header["captured_s"], part_id, origin)
+
+
+def wall_clock(captured_s: float) -> datetime:
+    """Give the time in UTC of a moment of the monotonic clock that has just been."""
+    return datetime.now(UTC) - timedelta(seconds=time.monotonic() - captured_s)
 
 
 def open_graph(camera: RtspCamera, kind: Literal["gstreamer", "deepstream"]) -> GraphSource:
@@ -346,10 +354,11 @@ def open_graph(camera: RtspCamera, kind: Literal["gstreamer", "deepstream"]) -> 
 def _host(kind: str, size: tuple[int, ...] | None) -> GraphHost:
     """Give the worker's one process for a graph: a GPU's context is too dear for one a camera."""
     del size
-    return GraphHost({} if kind == "gstreamer" else pictures_start(_free_port()))
+    return GraphHost({} if kind == "gstreamer" else pictures_start(free_port()))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Find a port of this machine that nobody listens on, for a graph's REST server."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,40 +1,37 @@
 """The child process that runs GStreamer graphs for `deepstream.py`, which starts it by its path and alone speaks to it.
 
 It runs in the Python that has the bindings (Debian's for `gi`, the DeepStream image's for `pyservicemaker`), not the
-line's: it imports the standard library, and the bindings for the graph it is asked for. It never retries or judges.
+line's: it imports the standard library, and the bindings for the graph it is asked for; DeepStream's is in the file
+`graph_hardware.py`, which it runs by its path. It never retries or judges.
 
 Orders come over a socket, one JSON object a packet: `{"start": ...}` once, `{"open": id, "url", "user", "password",
 "graph"}` with the writing end of a pipe for that camera, `{"close": id}`. Into the pipe go messages: four bytes of
 length (big endian), a JSON header, and `bytes` bytes of body. A header is a picture (`width height stride`), the
-`fault` of one frame, `scores` with `shape` and the map in the body, or the last one: `lost` with `text`, or `ended`.
-Frames have `captured_s`, on the monotonic clock that both processes share, and `before`: what preceded the picture in
-its access unit, as hex, which may name its part.
+`fault` of one frame, or the last one: `lost` with `text`, or `ended`. Where the graph has a network it is the `frame`
+(its number, with `width height`) that goes into it, and later on the `scores` of that `frame` as it comes out, with
+`shape` and the map in the body. All have `captured_s`, the time of this on the monotonic clock that both processes
+share, and pictures `before`: what preceded one in its access unit, as hex, which may name its part.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
+import runpy
 import signal
 import socket
 import sys
 import threading
 import time
 from collections import OrderedDict, deque
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
-
-if TYPE_CHECKING:
-    from pyservicemaker._pydeepstream import BatchMetadata, Buffer
+from pathlib import Path
+from typing import Any
 
 MOST_BEFORE_BYTES = 4096
 MOST_PICTURES = 4
 """Pictures of one camera that wait for the line; one more turns the oldest into a fault, never into silence."""
 MOST_MESSAGES = 1000
 _MOST_UNDECODED = 64
-_REST_TIMEOUT_S = 5.0
 
 Header = dict[str, Any]
 
@@ -75,7 +72,7 @@ class Outlet:
     def _give_up_oldest(self) -> None:
         for index, (header, body) in enumerate(self._waiting):
             if body:
-                kept: Header = {key: header[key] for key in ("captured_s", "before")}
+                kept: Header = {key: header[key] for key in ("captured_s", "before", "frame") if key in header}
                 self._waiting[index] = ({**kept, "fault": "given up: the line reads too slowly"}, b"")
                 self._pictures -= 1
                 return
@@ -143,6 +140,7 @@ class SoftwareCamera(threading.Thread):
         self._lock = threading.Lock()
         # As in stream.py: frames after a damaged one are built upon it, and the decoder does not say so.
         self._damaged = False
+        self._encodings: set[str] = set()
 
     def run(self) -> None:
         """Play until the end, the loss, or the order to stop."""
@@ -167,7 +165,17 @@ class SoftwareCamera(threading.Thread):
         if self._order["user"]:
             camera.set_property("user-id", self._order["user"])
             camera.set_property("user-pw", self._order["password"])
+        if camera.get_factory().get_name() == "rtspsrc":
+            camera.connect("select-stream", self._offered)
         pipeline.get_by_name("decoder").get_static_pad("sink").add_probe(self._gst.PadProbeType.BUFFER, self._note)
+
+    def _offered(self, _: Any, number: int, caps: Any) -> bool:  # noqa: ANN401
+        """Remember in which codecs the camera offers pictures: that none of them is known comes as a general error."""
+        del number
+        stream = caps.get_structure(0)
+        if stream.get_string("media") == "video":
+            self._encodings.add(stream.get_string("encoding-name"))
+        return True
 
     def _note(self, _: Any, info: Any) -> Any:  # noqa: ANN401
         """Remember an access unit before it is decoded, with its arrival and what may name its part."""
@@ -189,6 +197,8 @@ class SoftwareCamera(threading.Thread):
                 continue
             if (message := bus.pop_filtered(gst.MessageType.ERROR)) is not None:
                 error, _ = message.parse_error()
+                if self._encodings and "H264" not in self._encodings:
+                    return {"lost": "codec_unsupported", "text": f"it sends {', '.join(sorted(self._encodings))}"}
                 return {"lost": reason_of(error.domain, error.code), "text": error.message}
             if sink.get_property("eos"):
                 break
@@ -218,140 +228,6 @@ class SoftwareCamera(threading.Thread):
             self._outlet.put({"fault": "a frame cannot be decoded", "captured_s": captured_s, "before": before})
 
 
-class HardwareGraph:
-    """One DeepStream pipeline for all cameras, which come and go through its REST server on loopback.
-
-    Built from `nodes` it gives pictures; read from a `config` file that has a network, scores and maps. Not run here:
-    it needs DeepStream and a GPU.
-    """
-
-    def __init__(self, start: Header) -> None:
-        from pyservicemaker import Pipeline, Probe, Receiver
-
-        self._port = int(start["port"])
-        self._outlets: dict[str, Outlet] = {}
-        self._cameras: dict[int, str] = {}
-        self._calls = ThreadPoolExecutor(1)  # REST calls, in order: a slow one must not hold up other cameras' orders
-        # Kept, because the pipeline does not: the bindings hold on to the probe, not to the object behind it.
-        self._reader: Any
-        if "config" in start:
-            self._reader, self._pipeline = self._operator(), Pipeline("cameras", start["config"])
-            self._pipeline.attach("infer", Probe("scores", self._reader))
-        else:
-            self._reader, self._pipeline = self._retriever(), Pipeline("cameras")
-            self._build(start["nodes"], start["mux"])
-            self._pipeline.attach("pictures", Receiver("pictures", self._reader), tips="new-sample")
-        self._pipeline.prepare(self._on_message)
-        self._pipeline.activate()
-
-    def _build(self, nodes: list[Header], mux: str) -> None:
-        settings = os.memfd_create("mux")  # the mux wants a file's name; this one goes with the process
-        _write(settings, mux.encode())
-        for node in nodes:
-            own = {"config-file-path": f"/proc/self/fd/{settings}"} if node["type"] == "nvmultiurisrcbin" else {}
-            self._pipeline.add(node["type"], node["name"], {**node["properties"], **own})
-        self._pipeline.link(*(node["name"] for node in nodes))
-
-    def open(self, order: Header, outlet: Outlet) -> None:
-        """Add the camera; DeepStream connects on its own, and one that never sends is the line's to notice."""
-        self._outlets[order["open"]] = outlet
-        self._calls.submit(self._add, order, outlet)
-
-    def close(self, camera_id: str) -> None:
-        """Close its outlet, and let the camera be removed."""
-        if (outlet := self._outlets.pop(camera_id, None)) is not None:
-            outlet.close({"ended": True})
-            self._calls.submit(self._rest, "remove", camera_id, "")
-
-    def deliver(self, source_id: int, header: Header, body: bytes) -> None:
-        """Give a message to the camera that a source id stands for at this moment."""
-        outlet = self._outlets.get(self._cameras.get(source_id, ""))
-        if outlet is not None:
-            outlet.put({**header, "captured_s": time.monotonic(), "before": ""}, body)
-
-    def _add(self, order: Header, outlet: Outlet) -> None:
-        if not self._rest("add", order["open"], _address(order)):
-            outlet.close({"lost": "refused", "text": "DeepStream does not take the camera"})
-
-    def _on_message(self, message: object) -> None:
-        """Follow which source id is which camera; an id may be another camera's after a removal."""
-        from pyservicemaker import DynamicSourceMessage
-
-        if not isinstance(message, DynamicSourceMessage):
-            return
-        if message.source_added:
-            self._cameras[message.source_id] = message.sensor_id
-        else:
-            self._cameras.pop(message.source_id, None)
-
-    def _retriever(self) -> Any:  # noqa: ANN401 (its class exists only where the package does)
-        from pyservicemaker import BufferRetriever
-
-        graph = self
-
-        class Pictures(BufferRetriever):
-            def consume(self, buffer: Buffer) -> int:
-                for frame in buffer.batch_meta.frame_items:
-                    picture = to_host(buffer.extract(frame.batch_id))  # (height, width, 3), uint8, RGB
-                    height, width = picture.shape[:2]
-                    header = {"width": width, "height": height, "stride": width * 3}
-                    graph.deliver(frame.source_id, header, picture.tobytes())
-                return 1
-
-        return Pictures()
-
-    def _operator(self) -> Any:  # noqa: ANN401
-        from pyservicemaker import BatchMetadataOperator
-
-        graph = self
-
-        class Scores(BatchMetadataOperator):
-            def handle_metadata(self, batch_meta: BatchMetadata) -> None:
-                for frame in batch_meta.frame_items:
-                    header: Header = {"fault": "Triton gave no scores"}
-                    body = b""
-                    for item in frame.tensor_items:
-                        layers = {name: to_host(layer) for name, layer in item.as_tensor_output().get_layers().items()}
-                        header, body = scores_message(layers)
-                    graph.deliver(frame.source_id, header, body)
-
-        return Scores()
-
-    def _rest(self, what: str, camera_id: str, url: str) -> bool:
-        value = {"camera_id": camera_id, "camera_name": camera_id, "camera_url": url, "change": f"camera_{what}"}
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=_REST_TIMEOUT_S)
-        try:
-            body = json.dumps({"key": "sensor", "value": value})
-            connection.request("POST", f"/api/v1/stream/{what}", body, {"Content-Type": "application/json"})
-            return connection.getresponse().status == http.client.OK
-        except OSError:
-            return False
-        finally:
-            connection.close()
-
-
-def to_host(tensor: Any) -> Any:  # noqa: ANN401 (a pyservicemaker.Tensor in, a NumPy array out)
-    """Copy a tensor to the host's memory as a NumPy array."""
-    if tensor.device_type == "CPU":
-        import numpy as np
-
-        return np.from_dlpack(tensor).copy()
-    import cupy
-
-    return cupy.asnumpy(cupy.from_dlpack(tensor))
-
-
-def scores_message(layers: dict[str, Any]) -> tuple[Header, bytes]:
-    """Pack the ensemble's outputs of one frame: every one-number tensor as a score, the map as float32 in the body."""
-    scores = {name: float(values.reshape(-1)[0]) for name, values in layers.items() if values.size == 1}
-    maps = [(name, values) for name, values in layers.items() if values.size > 1]
-    if len(maps) != 1:
-        return {"scores": scores}, b""
-    name, values = maps[0]
-    shape = [size for size in values.shape if size > 1]
-    return {"scores": scores, "map": name, "shape": shape}, values.astype("<f4").tobytes()
-
-
 def before_picture(unit: bytes) -> str:
     """Give what an H.264 access unit with start codes holds before its first slice, SEI messages among it, as hex."""
     start = unit.find(b"\0\0\1")
@@ -367,11 +243,6 @@ def reason_of(domain: str, code: int) -> str:
     return {"gst-resource-error-quark": resource, "gst-stream-error-quark": stream}.get(domain, {}).get(code, "lost")
 
 
-def _address(order: Header) -> str:
-    who = f"{quote(order['user'], safe='')}:{quote(order['password'], safe='')}@" if order["user"] else ""
-    return str(order["url"]).replace("://", "://" + who, 1)
-
-
 def _write(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
@@ -381,17 +252,29 @@ def _write(descriptor: int, data: bytes) -> None:
 def main(descriptor: int) -> None:
     """Serve orders until the line closes the socket or is gone; in between, all work is in threads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the line, which drains and then closes the socket
-    graph: SoftwareGraph | HardwareGraph | None = None
+    graph: Any = None
     with socket.socket(fileno=descriptor) as control:
         while (received := socket.recv_fds(control, 1 << 20, 1))[0]:
             packet, descriptors = received[:2]
             order = json.loads(packet)
             if "start" in order:
-                graph = HardwareGraph(order["start"]) if order["start"] else SoftwareGraph()
+                graph = _hardware_graph(order["start"]) if order["start"] else SoftwareGraph()
             elif graph is not None and "open" in order:
                 graph.open(order, Outlet(descriptors[0]))
             elif graph is not None:
                 graph.close(order["close"])
+
+
+def _hardware_graph(start: Header) -> Any:  # noqa: ANN401
+    """Make DeepStream's graph. The process ends with it: the line opens its cameras anew, in another one."""
+    graph = runpy.run_path(str(Path(__file__).with_name("graph_hardware.py")))["HardwareGraph"](start)
+
+    def end() -> None:
+        graph.wait()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+    return graph
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ class Ours:
         self._dropped: Counter[str] = Counter()
         handover = Handover(
             accept=self._accept,
+            answer=lambda _: None,
             wait_for_room=self._batcher.wait_for_room,
             announce=self._announce,
             metrics=metrics,

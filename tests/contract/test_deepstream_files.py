@@ -25,7 +25,7 @@ from pipeline.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "deploy/deepstream/example"
 AT = Path("/opt/logicrd/deepstream")
-LINE = ROOT / "deploy/config/line.yaml"
+LINE = ROOT / "deploy/deepstream/line.yaml"
 
 ENUMS = {
     "MediaFormat": ["MEDIA_FORMAT_NONE", "IMAGE_FORMAT_RGB", "IMAGE_FORMAT_BGR", "IMAGE_FORMAT_GRAY"],
@@ -91,6 +91,7 @@ PROPERTIES: dict[str, dict[str, type]] = {
         "disable-audio": bool,
         "config-file-path": str,
     },
+    "identity": {"silent": bool},
     "nvinferserver": {"config-file-path": str, "batch-size": int},
     "fakesink": {"sync": bool, "async": bool},
 }
@@ -201,31 +202,35 @@ def test_the_mux_has_known_keys_and_a_deadline(rendered: dict[Path, str]) -> Non
 
 
 def test_the_example_is_the_renderers(rendered: dict[Path, str]) -> None:
-    r"""What lies in deploy/deepstream/example is what the renderer writes for deploy/config/line.yaml, and no more.
+    r"""What lies in deploy/deepstream/example is what the renderer writes for deploy/deepstream/line.yaml, and no more.
 
-    Anew: logicrd deepstream render deploy/config/line.yaml --out deploy/deepstream/example \
+    Anew: logicrd deepstream render deploy/deepstream/line.yaml --out deploy/deepstream/example \
     --root /opt/logicrd/deepstream
     """
     there = {path.relative_to(EXAMPLE): path.read_text() for path in EXAMPLE.rglob("*") if path.is_file()}
     assert there == rendered
 
 
-def test_no_password_and_no_file_is_rendered(tmp_path: Path) -> None:
-    """A camera's secret stays in its own file; one that is no RTSP camera, or outside its networks, is refused."""
+def test_no_password_is_rendered_and_no_stranger(tmp_path: Path) -> None:
+    """A camera's secret stays in its own file; one outside of the line's networks is refused, and so is a file that has
+    no camera for a graph."""
     (tmp_path / "secret").write_text("s3cret")
     document = yaml.safe_load(LINE.read_text()) | {"triton": {"models_repo": str(ROOT / "models_repo")}}
     document["cameras"][0] |= {"user": "eve", "password_file": "secret"}
-    (tmp_path / "line.yaml").write_text(yaml.safe_dump(document))
-    paths = write(configuration.load(tmp_path / "line.yaml"), tmp_path / "out", AT)
+
+    def line(**keys: Any) -> configuration.LineConfig:
+        (tmp_path / "line.yaml").write_text(yaml.safe_dump(document | keys))
+        return configuration.load(tmp_path / "line.yaml")
+
+    paths = write(line(), tmp_path / "out", AT)
     assert all("s3cret" not in path.read_text() for path in paths)
-    document["cameras"].append({"id": "box", "type": "folder", "product": "cable-set", "path": "pictures"})
-    (tmp_path / "line.yaml").write_text(yaml.safe_dump(document))
-    with pytest.raises(ConfigError, match="'box'"):
-        write(configuration.load(tmp_path / "line.yaml"), tmp_path / "out", AT)
-    document["cameras"].pop()
-    (tmp_path / "line.yaml").write_text(yaml.safe_dump(document | {"camera_networks": ["192.0.2.0/24"]}))
     with pytest.raises(ConfigError, match="camera_networks"):
-        write(configuration.load(tmp_path / "line.yaml"), tmp_path / "out", AT)
+        write(line(camera_networks=["192.0.2.0/24"]), tmp_path / "out", AT)
+    bare = [{"id": "box", "type": "folder", "product": "cable-set", "path": "pictures"}]
+    with pytest.raises(ConfigError, match="no camera"):
+        write(line(cameras=bare), tmp_path / "out", AT)
+    with pytest.raises(ConfigError, match="--out"):
+        write(line(), tmp_path / "secret", AT)
 
 
 def test_the_image_has_a_named_base_and_both_pythons() -> None:

@@ -143,6 +143,7 @@ def frames_of(camera):
     metrics.camera(camera.id, product=camera.product, station=camera.station)
     handover = Handover(
         accept=frames.append,
+        answer=lambda _: None,
         wait_for_room=lambda *_: True,
         announce=lambda *_: None,
         metrics=metrics,

@@ -37,6 +37,10 @@ class FrameMetadata:
     @property
     def frame_number(self) -> int: ...
     @property
+    def source_width(self) -> int: ...
+    @property
+    def source_height(self) -> int: ...
+    @property
     def tensor_items(self) -> Iterator[UserMetadata]: ...  # one pass, no length
 
 class BatchMetadata:

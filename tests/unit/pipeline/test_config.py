@@ -20,6 +20,8 @@ def station_of(*views):
 
 
 RTSP = {"id": "c1", "type": "rtsp", "product": "tray", "url": "rtsp://127.0.0.1:8554/c1"}
+GRAPH = RTSP | {"decoder": "deepstream", "inference": "graph"}
+REGION = {"picture_size": [640, 480], "crop": [0, 0, 64, 64]}
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,25 @@ RTSP = {"id": "c1", "type": "rtsp", "product": "tray", "url": "rtsp://127.0.0.1:
         ({"cameras": [GENICAM | {"trigger": "software"}]}, ["cameras[0]", "needs `rate`"]),
         ({"cameras": [GENICAM | {"packet_size": "big"}]}, ["cameras[0].packet_size"]),
         ({"cameras": [USB | {"device": "video0"}]}, ["cameras[0].device:"]),
+        ({"cameras": [RTSP | {"inference": "graph"}]}, ["cameras[0]:", "`decoder: deepstream`"]),
+        ({"cameras": [GRAPH | {"region": REGION}]}, ["cameras[0]:", "`region`", "whole pictures"]),
+        ({"cameras": [GRAPH | {"frozen_after_s": 2}]}, ["cameras[0]:", "`frozen_after_s`", "on the GPU"]),
+        ({"cameras": [GRAPH | {"overflow": "wait"}]}, ["cameras[0]:", "`overflow`", "a queue of its own"]),
+        ({"cameras": [GRAPH, RTSP | {"id": "c2"}]}, ["'c2'", "'tray'", "cannot share a threshold"]),
+        (
+            {"cameras": [GRAPH], "triton": {"address": ["a:1", "b:1"]}},
+            ["triton: DeepStream asks one server", "one address"],
+        ),
+        ({"cameras": [GRAPH], "triton": {"address": "a:1", "tls": {}}}, ["triton:", "no `tls`"]),
+        (
+            {"cameras": [GRAPH], "stations": [station_of() | {"trigger": "message"}]},
+            ["stations: station-1", "`trigger: message` is not for camera", "`inference: graph`"],
+        ),
+        ({"cameras": [GRAPH], "stations": [station_of() | {"trigger": "counter"}]}, ["`trigger: counter`"]),
+        (
+            {"cameras": [GRAPH], "stations": [station_of({"camera": GRAPH["id"], "product": "cup"})]},
+            ["stations: station-1", "'cup'", "'tray'", "one product"],
+        ),
         ({"cameras": []}, ["cameras:"]),
         ({"cameras": [CAMERA, CAMERA]}, ["two cameras are called 'c1'"]),
         ({"evidence": True}, ["evidence:", "dictionary"]),
@@ -254,3 +275,11 @@ def test_a_station_may_have_cameras_of_the_pool(line_file, station, words):
     else:
         with pytest.raises(ConfigError, match=words):
             config.load(path)
+
+
+def test_a_line_may_have_products_of_a_graph_and_of_the_line(line_file):
+    """Each product is one or the other; stations in `free_run` fuse views of both."""
+    cameras = [GRAPH, GRAPH | {"id": "c2"}, CAMERA | {"id": "c3", "product": "cup"}]
+    views = [{"camera": camera["id"]} for camera in cameras]
+    settings = config.load(line_file(cameras=cameras, stations=[station_of(*views)]))
+    assert settings.graph_products == ["tray"]

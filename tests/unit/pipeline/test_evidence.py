@@ -59,6 +59,21 @@ def test_a_good_part_leaves_nothing_unless_asked(make_evidence, make_view, make_
     assert make_evidence(keep="all").reference(Inference(make_frame(image=None)), Judgement.NG) is None
 
 
+def test_of_a_graph_s_part_the_heat_map_is_kept(make_evidence, make_view, tmp_path):
+    """Where the picture stayed on the GPU the overlay lies on grey; an OK part leaves nothing, whatever is kept."""
+    evidence = make_evidence(keep="all")
+    evidence.start()
+    part = judged(make_view, evidence, Judgement.NG, image=None)
+    evidence.keep(part)
+    assert judged(make_view, evidence, Judgement.OK, image=None).image_ref is None
+    evidence.close()
+    kept = cv2.imread(str(tmp_path / "kept" / part.image_ref)).astype(int)
+    left, right = kept[:320, :426], kept[:320, 427:853]
+    assert np.ptp(left[10:300, 10:400]) < 5
+    assert np.abs(right - left).max() > 30
+    assert [path.name for path in (tmp_path / "kept").rglob("*") if path.is_file()] == ["part-1.NG.jpg"]
+
+
 def test_keeping_all_keeps_the_frame_without_loss(make_evidence, make_view, tmp_path):
     """With `keep: all` the frame is kept pixel by pixel as it went to the model."""
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)

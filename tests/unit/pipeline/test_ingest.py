@@ -15,7 +15,8 @@ from pipeline.errors import FrameError, SourceError
 from pipeline.health import Health
 from pipeline.ingest import CameraReader, Handover, to_model_size
 from pipeline.metrics import Metrics
-from pipeline.types import IDLE, CameraState, Cause, Picture
+from pipeline.sources import open_source
+from pipeline.types import IDLE, CameraState, Cause, Picture, Scored, Scores, Seen
 
 
 @dataclass
@@ -24,10 +25,12 @@ class Line:
 
     frames: list = field(default_factory=list)
     states: list = field(default_factory=list)
+    answers: list = field(default_factory=list)
     metrics: Metrics = field(default_factory=Metrics)
     health: Health = field(default_factory=Health)
     on_frame: object = None
     room: bool = True
+    open: object = open_source
 
     def accept(self, frame):
         self.frames.append(frame)
@@ -47,12 +50,14 @@ class Line:
         self.metrics.camera(camera.id, product=camera.product, station=camera.station)
         handover = Handover(
             accept=self.accept,
+            answer=self.answers.append,
             wait_for_room=self.wait_for_room,
             announce=self.announce,
             metrics=self.metrics,
             health=self.health,
             run="run1",
             budget_s=2.0,
+            open=self.open,
         )
         return CameraReader(camera, size, handover)
 
@@ -201,6 +206,10 @@ class Scripted:
     def __init__(self, *items):
         self._items = list(items)
 
+    @property
+    def left(self):
+        return len(self._items)
+
     def __enter__(self):
         return self
 
@@ -214,7 +223,7 @@ class Scripted:
         return item
 
 
-def test_a_gap_in_the_camera_s_count_is_counted(line, monkeypatch):
+def test_a_gap_in_the_camera_s_count_is_counted(line):
     """Frames 3, 4 and 7 never came: three are `missed`; the damaged frame 5 came, and a new opening starts anew."""
 
     def picture(count):
@@ -224,40 +233,103 @@ def test_a_gap_in_the_camera_s_count_is_counted(line, monkeypatch):
     lost = SourceError("away", reason="timeout")
     sources = [Scripted(picture(1), picture(2), damaged, picture(6), IDLE, picture(8), lost)]
     sources.append(Scripted(picture(1), SourceError("gone", reason="setting_refused", final=True)))
-    monkeypatch.setattr("pipeline.ingest.open_source", lambda *_: sources.pop(0))
+    line.open = lambda *_: sources.pop(0)
     camera = GenicamCamera(id="c1", type="genicam", product="tray", trigger="Line0")
     run_to_end(line.reader(camera))
     assert line.metrics.snapshot().cameras[0].dropped == {"missed": 3}
     assert [frame.cause for frame in line.frames] == [None, None, Cause.FRAME_CORRUPT, None, None, None]
 
 
-def test_frames_before_a_key_frame_are_counted_and_those_that_name_a_part_are_due(line, monkeypatch):
+def test_frames_before_a_key_frame_are_counted_and_those_that_name_a_part_are_due(line):
     """Of three such frames one names its part, which is `frame_corrupt`; the others are counted by their cause."""
     faults = [FrameError("early", reason="no_key_frame", part_id=part_id) for part_id in (None, "p-1", None)]
     sources = [Scripted(*faults, SourceError("x", reason="too_large", final=True))]
-    monkeypatch.setattr("pipeline.ingest.open_source", lambda *_: sources.pop(0))
+    line.open = lambda *_: sources.pop(0)
     run_to_end(line.reader(RtspCamera(id="c1", type="rtsp", product="tray", url="rtsp://127.0.0.1:9/c1")))
     assert [(frame.part_id, frame.cause) for frame in line.frames] == [("p-1", Cause.FRAME_CORRUPT)]
     assert line.metrics.snapshot().cameras[0].dropped == {"no_key_frame": 2}
 
 
-def test_a_stream_that_has_ended_is_called_so_until_something_else_is_known(line, monkeypatch):
+def test_a_stream_that_has_ended_is_called_so_until_something_else_is_known(line):
     """A camera that answers without a stream has `no_frames`, or `stream_ended` as long as that was its last word."""
     again = [SourceError("x", reason=reason) for reason in ("no_frames", "timeout", "no_frames")]
     sources = [Scripted(None), *map(Scripted, again)]
     sources.append(Scripted(SourceError("x", reason="too_large", final=True)))
-    monkeypatch.setattr("pipeline.ingest.open_source", lambda *_: sources.pop(0))
+    line.open = lambda *_: sources.pop(0)
     camera = RtspCamera(id="c1", type="rtsp", product="tray", url="rtsp://127.0.0.1:9/c1", retry_max_s=0.01)
     run_to_end(line.reader(camera))
     assert [reason for _, _, reason in line.states] == ["stream_ended", "timeout", "no_frames", "too_large"]
 
 
-def test_another_reason_is_another_state(line, monkeypatch):
+def test_another_reason_is_another_state(line):
     """A camera that was unreachable and then refuses the password says both, each once."""
     faults = ["unreachable", "unreachable", "auth_failed", "auth_failed"]
     sources = [Scripted(SourceError("x", reason=reason)) for reason in faults]
     sources.append(Scripted(SourceError("x", reason="too_large", final=True)))
-    monkeypatch.setattr("pipeline.ingest.open_source", lambda *_: sources.pop(0))
+    line.open = lambda *_: sources.pop(0)
     camera = RtspCamera(id="c1", type="rtsp", product="tray", url="rtsp://127.0.0.1:9/c1", retry_max_s=0.01)
     run_to_end(line.reader(camera))
     assert [reason for _, _, reason in line.states] == ["unreachable", "auth_failed", "too_large"]
+
+
+def seen(number, size=(64, 48)):
+    return Seen(number, size, datetime.now(UTC), time.monotonic())
+
+
+GRAPH = RtspCamera(
+    id="c1", type="rtsp", product="tray", url="rtsp://127.0.0.1:9/c1", decoder="deepstream", inference="graph"
+)
+GONE = SourceError("gone", reason="capture_died")
+LAST = SourceError("x", reason="too_large", final=True)
+
+
+def test_a_graph_s_frames_are_handed_over_and_answered_by_its_numbers(line):
+    """Answers come later and find their own frame; one of an unknown number, or a second one, counts for nothing."""
+    scores, other = Scores(3.5, 2.0, 11.0), Scores(0.5, 0.1, 1.0)
+    answers = [
+        Scored(8, 5.0, scores=other),
+        Scored(7, 4.0, scores=scores),
+        Scored(7, 6.0, scores=other),
+        Scored(3, 6.0),
+    ]
+    source = Scripted(seen(7), seen(8), *answers, LAST)
+    line.open = lambda *_: source
+    run_to_end(line.reader(GRAPH))
+    assert [(frame.image, frame.cause, frame.number) for frame in line.frames] == [(None, None, 1), (None, None, 2)]
+    assert all(frame.deadline_s == frame.captured_s + 2.0 for frame in line.frames)
+    assert [(each.frame.number, each.scores, each.received_s) for each in line.answers] == [
+        (2, other, 5.0),
+        (1, scores, 4.0),
+    ]
+    assert all(each.sent_s == each.frame.captured_s == each.frame.ready_s for each in line.answers)
+
+
+def test_frames_in_a_graph_that_is_lost_are_told_at_once(line):
+    """What a graph took with it is `triton_unavailable`; the next one numbers anew and is not mistaken for it."""
+    sources = [Scripted(seen(1), GONE), Scripted(seen(1), Scored(1, 1.0, scores=Scores(1, 1, 1)), LAST)]
+    line.open = lambda *_: sources.pop(0)
+    run_to_end(line.reader(GRAPH))
+    assert [(each.frame.number, each.cause) for each in line.answers] == [(1, Cause.TRITON_UNAVAILABLE), (2, None)]
+    assert [reason for _, _, reason in line.states] == ["", "capture_died", "", "too_large"]
+
+
+def test_a_graph_s_picture_of_another_size_is_a_frame_with_a_cause(line):
+    """Where `picture_size` is set another size is `frame_corrupt`, whatever the graph says of it afterwards."""
+    source = Scripted(seen(1, (48, 64)), Scored(1, 1.0, scores=Scores(1, 1, 1)), LAST)
+    line.open = lambda *_: source
+    run_to_end(line.reader(GRAPH.model_copy(update={"picture_size": [64, 48]})))
+    assert [frame.cause for frame in line.frames] == [Cause.FRAME_CORRUPT]
+    assert line.answers == []
+
+
+def test_a_reader_that_is_stopped_waits_for_what_its_graph_was_asked(line):
+    """After the order to stop no new frame is taken; the answers that are due still come, and then it ends."""
+    source = Scripted(seen(1), seen(2), Scored(1, 1.0, scores=Scores(1, 1, 1)), seen(3), LAST)
+    line.open = lambda *_: source
+    reader = line.reader(GRAPH)
+    line.on_frame = lambda _: reader.stop()
+    reader.start()
+    assert reader.join(30.0)
+    assert [frame.number for frame in line.frames] == [1]
+    assert [(each.frame.number, each.cause) for each in line.answers] == [(1, None)]
+    assert source.left == 2

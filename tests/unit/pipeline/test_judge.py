@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from pipeline.judge import Judge
 from pipeline.manifest import Manifests
 from pipeline.metrics import Metrics
 from pipeline.parts import Parts
+from pipeline.stations import Station, StationView
 from pipeline.types import Cause, Inference, Scores
 
 FAR_S = time.monotonic() + 3600.0
@@ -25,17 +27,18 @@ PLACE = Place("site", "area", "line", "worker", 2000.0)
 class Desk:
     """A judge, and what left it: part id, verdict and reasons of each event, by topic."""
 
-    def __init__(self, manifest, encoder=None):
+    def __init__(self, manifest, encoder=None, stations=None, kept=None):
         self.metrics = Metrics()
-        self.metrics.camera("c1", product="tray", station="s1")
+        for camera_id in ("c1", "c2"):
+            self.metrics.camera(camera_id, product="tray", station="s1")
         self.health = Health()
         self.settled = []
         self.told = {"verdict.v1": [], "view.v1": [], "audit.v1": []}
         self.judge = Judge(
-            Parts({}, {"c1": "tray"}, budget_s=2.0, run="R"),
+            Parts(stations or {}, {"c1": "tray", "c2": "tray"}, budget_s=2.0, run="R"),
             Manifests({"tray": manifest}),
             SimpleNamespace(get={"tray": manifest.suggestion}.get),
-            evidence=Evidence(EvidenceSettings(), Manifests({"tray": manifest}), self.health),
+            evidence=Evidence(EvidenceSettings(dir=kept), Manifests({"tray": manifest}), self.health),
             encoder=encoder or Encoder(PLACE, "binary"),
             outbox=SimpleNamespace(put=self._put),
             metrics=self.metrics,
@@ -120,6 +123,51 @@ def test_an_overdue_part_is_uninspected_and_its_late_answer_audited(desk, make_f
     assert len(line.told["verdict.v1"]) == 2
     counted = {"station": "s1", "cause": "late_result"}
     assert line.metrics.registry.get_sample_value("inspection_strays_total", counted) == 2
+
+
+def test_a_graph_s_answer_is_judged_as_the_client_s_is(desk, make_frame):
+    """A frame without its picture is not to be inferred; what the graph says later gets the same verdict, NaN and
+    causes included, and what it says too late is audited."""
+    said = [{"scores": Scores(score, 1.0, 1.0)} for score in (0.5, 2.5, 3.0, 99.0, float("nan"))]
+    said += [{"cause": Cause.TRITON_UNAVAILABLE}]
+    lines = {"client": desk(), "graph": desk()}
+    for number, about in enumerate(said, 1):
+        frame = make_frame(number=number, deadline_s=FAR_S)
+        lines["client"].judge.put(Inference(lines["client"].judge.accept(frame)[0], **about))
+        bare = replace(frame, image=None)
+        assert lines["graph"].judge.accept(bare) == []
+        lines["graph"].judge.answer(Inference(bare, **about))
+    for line in lines.values():
+        line.wait_for("verdict.v1", len(said))
+    assert lines["graph"].verdicts() == lines["client"].verdicts()
+    assert [verdict for _, verdict, _ in lines["graph"].verdicts()] == [
+        "OK",
+        "REVIEW",
+        "NG",
+        "NG",
+        *["UNINSPECTED"] * 2,
+    ]
+    lines["graph"].judge.answer(Inference(make_frame(image=None), scores=Scores(1.0, 1.0, 1.0)))
+    lines["graph"].wait_for("audit.v1", 1)
+
+
+def test_a_part_of_two_views_may_be_seen_by_a_graph_and_by_the_line(desk, make_frame, tmp_path):
+    """The graph's answer names its frame as the reader knows it; its part is found, and names its picture."""
+    views = [StationView(camera="c1"), StationView(camera="c2")]
+    line = desk(stations={"s1": Station(name="s1", views=views)}, kept=tmp_path)
+    now_s = time.monotonic()
+    (ours,) = line.judge.accept(
+        make_frame(camera_id="c2", captured_s=now_s, part_id="c2-R-1", part_id_source="generated")
+    )
+    theirs = make_frame(image=None, captured_s=now_s + 0.1, part_id="c1-R-1", part_id_source="generated")
+    assert line.judge.accept(theirs) == []
+    anomaly_map = np.zeros((64, 64), np.float32)
+    line.judge.answer(Inference(theirs, scores=Scores(9.0, 9.0, 9.0), anomaly_map=anomaly_map))
+    line.judge.put(Inference(ours, scores=Scores(1.0, 1.0, 1.0)))
+    line.wait_for("verdict.v1", 1)
+    assert line.verdicts() == [("c2-R-1", "NG", ["score_above_ng", "anomaly_map"])]
+    (verdict,) = line.told["verdict.v1"]
+    assert {view["cameraId"]: view["imageRef"] for view in verdict["views"]} == {"c1": "c1/c2-R-1.NG.jpg", "c2": None}
 
 
 def test_a_part_that_cannot_be_judged_is_left_to_its_deadline(desk, make_frame, monkeypatch):

@@ -55,11 +55,18 @@ def servers():
 
 
 @pytest.fixture
-def line(models_repo, servers):
+def graphs():
+    """Products that are scored by a graph."""
+    return []
+
+
+@pytest.fixture
+def line(models_repo, servers, graphs):
     """A line of a pool that knows `tray` of a repository with `cable-set` besides."""
     manifests = Manifests({"tray": read_manifest(models_repo, "tray")})
     metrics = Metrics()
-    newcomers = Newcomers(models_repo, manifests, servers, servers, new_products=True, metrics=metrics)
+    about = {"new_products": True, "graph_products": graphs, "metrics": metrics}
+    newcomers = Newcomers(models_repo, manifests, servers, servers, **about)
     return SimpleNamespace(manifests=manifests, look=newcomers.look, newcomers=newcomers, metrics=metrics)
 
 
@@ -111,7 +118,8 @@ def test_what_is_wrong_with_a_product_is_said_once(line, servers, models_repo):
 def test_without_a_pool_no_product_is_added(models_repo, servers):
     """The cameras of a line file are fixed: a product that none of them shows is left alone."""
     manifests = Manifests({"tray": read_manifest(models_repo, "tray")})
-    Newcomers(models_repo, manifests, servers, servers, new_products=False, metrics=Metrics()).look()
+    about = {"new_products": False, "graph_products": [], "metrics": Metrics()}
+    Newcomers(models_repo, manifests, servers, servers, **about).look()
     assert (list(manifests), servers.did) == (["tray"], [])
 
 
@@ -215,6 +223,16 @@ def test_a_version_that_is_unfit_is_not_tried(trial, line, servers, try_version,
     try_version()
     assert trial()[-1] == ("offer", "tray", 10)
     assert line.newcomers.candidate("tray")[1] == ""
+
+
+def test_nothing_is_tried_on_a_product_that_a_graph_scores(trial, line, try_version, graphs):
+    """A graph asks for one version: the heartbeat and one line of the log say why no part is tried."""
+    graphs.append("tray")
+    try_version()
+    with structlog.testing.capture_logs() as said:
+        assert "offer" not in {word for word, *_ in trial()}
+    assert [each["event"] for each in said] == ["version on trial not tried"]
+    assert "`inference: graph`" in line.newcomers.candidate("tray")[1]
 
 
 def test_a_canary_that_is_promoted_is_no_trial_any_more(trial, line, try_version, promote):

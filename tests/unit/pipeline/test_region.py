@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline import config
-from pipeline.cameras import FolderCamera
+from pipeline.cameras import FolderCamera, RtspCamera
 from pipeline.errors import ConfigError
 from pipeline.manifest import region_doubts, with_models_region
 from pipeline.region import GREY, RegionOfInterest, box_in_picture, cut_region, in_picture
@@ -125,6 +125,15 @@ def test_a_camera_of_another_size_than_the_models_region_is_refused_by_name(crop
     """Where the settings alone show that the region cannot fit, the start says so."""
     with pytest.raises(ConfigError, match=r"'c1'.*not 640 x 480.*'tray'"):
         with_models_region(folder(picture_size=[1280, 960]), cropped)
+
+
+def test_a_graph_cannot_show_its_network_a_region(cropped, make_manifest):
+    """A camera whose graph asks Triton is refused for a product that sees a region, by its name."""
+    about = {"product": "tray", "url": "rtsp://127.0.0.1:8554/c1", "decoder": "deepstream", "inference": "graph"}
+    camera = RtspCamera(id="c7", type="rtsp", **about)
+    assert with_models_region(camera, make_manifest()) is camera
+    with pytest.raises(ConfigError, match=r"'c7'.*sees a region"):
+        with_models_region(camera, cropped)
 
 
 def test_another_region_than_the_models_is_told_by_name(make_manifest, cropped):

@@ -130,6 +130,16 @@ def test_a_password_in_an_address_is_refused_and_not_repeated():
     assert "s3cret" not in str(caught.value)
 
 
+def test_a_graph_s_camera_is_not_of_a_pool():
+    """A graph is made for the cameras of a line file: `cameras apply` refuses one in words, and so does a worker."""
+    graph = {"id": "c1", "type": "rtsp", "url": "rtsp://h/x", "product": "tray", "decoder": "deepstream"}
+    assert read_list([graph], "cameras.yaml")
+    graph["inference"] = "graph"
+    with pytest.raises(ConfigError, match=r"\[0\]: .* belongs in a worker's line file"):
+        read_list([graph], "cameras.yaml")
+    assert read_record(b"c1", json.dumps(graph).encode(), "default").reason == "invalid"
+
+
 @pytest.mark.parametrize(
     ("document", "told"),
     [

@@ -11,6 +11,7 @@ import os
 import queue
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -21,14 +22,14 @@ import numpy as np
 import pytest
 
 from pipeline.cameras import RtspCamera
-from pipeline.deepstream import read_inference
+from pipeline.deepstream import ScoredSource, _Graph
 from pipeline.errors import SourceError
 from pipeline.manifest import Manifest
 from pipeline.sources.deepstream import GraphPipe, pictures_start, scores_start
-from pipeline.sources.graph_child import HardwareGraph, Outlet, before_picture, to_host
+from pipeline.sources.graph_child import MOST_PICTURES, Outlet, before_picture
+from pipeline.sources.graph_hardware import HardwareGraph, to_host
 from pipeline.sources.sei import PART_ID_UUID, part_id_in
-from pipeline.types import Cause, Frame, Inference, Judgement, Scores, Threshold, ThresholdSource
-from pipeline.verdict import decide
+from pipeline.types import Cause
 
 SLICE = b"\0\0\0\1\x65" + bytes(range(1, 60))
 PARAMETERS = b"\0\0\0\1\x67\x42\0\x1e" + b"\0\0\0\1\x68\xce\x3c\x80"
@@ -227,37 +228,51 @@ def test_a_camera_that_deepstream_refuses_is_lost_with_a_reason(rest: SimpleName
     assert caught.value.reason == "refused"
 
 
+class Graph:
+    """A graph that scores, as its process holds it, and the source that reads its only camera."""
+
+    def __init__(self, port: int, config: Any, manifest: Manifest) -> None:
+        self._graph = HardwareGraph(scores_start(config, port))
+        self.pipeline = FakePipeline.last
+        self.host = PipeOnly()
+        self.manifests = {manifest.product: manifest}
+        self.source = ScoredSource(CAMERA, _Graph(manifest, self.host), self.manifests)
+
+    def __enter__(self) -> Graph:
+        self.source.__enter__()
+        self._graph.open(ORDER, Outlet(self.host.writer))
+        self.pipeline.tell(DynamicSource(True, 0, "c1"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._graph.close("c1")
+        self.source.__exit__(None, None, None)
+
+    def go_in(self, number: int, size: tuple[int, int] = (640, 480)) -> None:
+        self._probe("arrivals", frame_number=number, source_width=size[0], source_height=size[1])
+
+    def come_out(self, number: int, layers: dict[str, Any] | None) -> None:
+        tensors = {name: HostTensor(value) for name, value in (layers or {}).items()}
+        output = SimpleNamespace(get_layers=lambda: tensors)
+        items = [] if layers is None else [SimpleNamespace(as_tensor_output=lambda: output)]
+        self._probe("infer", frame_number=number, tensor_items=iter(items))
+
+    def _probe(self, where: str, **fields: Any) -> None:
+        probe, _ = self.pipeline.attached[where]
+        probe.handle_metadata(SimpleNamespace(frame_items=iter([SimpleNamespace(source_id=0, **fields)])))
+
+
 @pytest.fixture
-def judged(
+def graph(
     package: None,  # noqa: ARG001 (it must be there)
     rest: SimpleNamespace,
     make_manifest: Callable[..., Manifest],
-    make_frame: Callable[..., Frame],
     tmp_path: Any,
-) -> Callable[..., Inference]:
-    """Let the probe see one frame's tensors; gives the inference that the line reads."""
-
-    def judge(layers: dict[str, Any] | None) -> Inference:
-        graph = HardwareGraph(scores_start(tmp_path / "pipeline.yaml", rest.port))
-        pipeline = FakePipeline.last
-        assert pipeline.config == str(tmp_path / "pipeline.yaml")
-        host = PipeOnly()
-        with GraphPipe(CAMERA, host) as pipe:
-            graph.open(ORDER, Outlet(host.writer))
-            pipeline.tell(DynamicSource(True, 0, "c1"))
-            output = SimpleNamespace(get_layers=lambda: {name: HostTensor(value) for name, value in layers.items()})
-            items = [] if layers is None else [SimpleNamespace(as_tensor_output=lambda: output)]
-            frame = SimpleNamespace(source_id=0, tensor_items=iter(items))
-            probe, _ = pipeline.attached["infer"]
-            probe.handle_metadata(SimpleNamespace(frame_items=iter([frame])))
-            graph.close("c1")
-            found = read_inference(
-                pipe, lambda captured_s: make_frame(captured_s=captured_s, image=None), make_manifest()
-            )
-        assert found is not None
-        return found
-
-    return judge
+) -> Iterator[Graph]:
+    """A running graph of product `tray`."""
+    with Graph(rest.port, tmp_path / "pipeline.yaml", make_manifest()) as running:
+        assert running.pipeline.config == str(tmp_path / "pipeline.yaml")
+        yield running
 
 
 def layers(manifest: Manifest, **changes: Any) -> dict[str, Any]:
@@ -267,23 +282,21 @@ def layers(manifest: Manifest, **changes: Any) -> dict[str, Any]:
     return {name: np.float32([value]) for name, value in numbers.items()} | {"anomaly_map": anomaly_map} | changes
 
 
-@pytest.mark.parametrize("score", [0.5, 2.5, 3.0, 99.0, float("nan")])
-def test_the_probes_scores_get_the_verdict_of_the_clients(
-    judged: Callable[..., Inference],
-    make_manifest: Callable[..., Manifest],
-    make_frame: Callable[..., Frame],
-    score: float,
+def test_a_frame_is_seen_when_it_goes_in_and_scored_when_it_comes_out(
+    graph: Graph, make_manifest: Callable[..., Manifest]
 ) -> None:
-    """The same numbers through DeepStream's probe and through Triton's client are judged alike, NaN included."""
-    manifest = make_manifest()
-    limits = Threshold(3.0, 2.0, 1, ThresholdSource.MANIFEST, manifest.model_sha256)
-    found = judged(layers(manifest, score=np.float32([score])))
-    expected = Inference(make_frame(), scores=Scores(score, 2.0, 11.0))
-    assert decide(found, limits, manifest.calibration) == decide(expected, limits, manifest.calibration)
-    assert found.anomaly_map is not None
-    assert np.array_equal(found.anomaly_map, layers(manifest)["anomaly_map"])
-    assert found.model is not None
-    assert found.model.sha256 == manifest.model_sha256
+    """The two probes name a frame by its number; each tells its own time, scores and map are the tensors' numbers."""
+    manifest, before_s = make_manifest(), time.monotonic()
+    graph.go_in(7, (1920, 1080))
+    graph.come_out(7, layers(manifest, score=np.float32([float("nan")])))
+    seen, scored = graph.source.read(), graph.source.read()
+    assert (seen.number, seen.size) == (7, (1920, 1080))
+    assert before_s <= seen.captured_s <= scored.received_s <= time.monotonic()
+    assert (scored.number, scored.cause) == (7, None)
+    assert np.isnan(scored.scores.fused)
+    assert (scored.scores.map, scored.scores.mahalanobis) == (2.0, 11.0)
+    assert np.array_equal(scored.anomaly_map, layers(manifest)["anomaly_map"])
+    assert (scored.model.version, scored.model.sha256) == (str(manifest.version), manifest.model_sha256)
 
 
 @pytest.mark.parametrize(
@@ -294,11 +307,30 @@ def test_the_probes_scores_get_the_verdict_of_the_clients(
         (None, Cause.TRITON_UNAVAILABLE),
     ],
 )
-def test_what_the_graph_cannot_judge_is_uninspected(
-    judged: Callable[..., Inference], make_manifest: Callable[..., Manifest], changes: Any, cause: Cause
+def test_what_the_network_did_not_judge_has_a_cause(
+    graph: Graph, make_manifest: Callable[..., Manifest], changes: Any, cause: Cause
 ) -> None:
-    """Other tensors than the manifest's, or none at all, are a part with a cause, never silence and never OK."""
-    manifest = make_manifest()
-    found = judged(None if changes is None else layers(manifest, **changes))
-    verdict = decide(found, manifest.suggestion, manifest.calibration)
-    assert (verdict.judgement, verdict.reasons) == (Judgement.UNINSPECTED, (cause.value,))
+    """Other tensors than the manifest's, or none at all, are an answer with a cause and without scores."""
+    graph.come_out(1, None if changes is None else layers(make_manifest(), **changes))
+    scored = graph.source.read()
+    assert (scored.number, scored.cause, scored.scores) == (1, cause, None)
+
+
+def test_answers_that_find_no_room_are_told_by_their_numbers(
+    graph: Graph, make_manifest: Callable[..., Manifest]
+) -> None:
+    """A line that reads too slowly gets a cause for each map that had to give way, and the others' scores."""
+    count = MOST_PICTURES + 300  # what the pipe itself takes, and more
+    for number in range(count):
+        graph.come_out(number, layers(make_manifest()))
+    answers = [graph.source.read() for _ in range(count)]
+    assert [answer.number for answer in answers] == list(range(count))
+    assert {answer.cause for answer in answers} == {None, Cause.QUEUE_FULL}
+
+
+def test_another_version_in_force_ends_the_graph(graph: Graph, make_manifest: Callable[..., Manifest]) -> None:
+    """A graph asks for one version: its cameras are lost with a reason, and opened anew by a graph of the new one."""
+    graph.manifests["tray"] = make_manifest(version=2, model_sha256="cd" * 32)
+    with pytest.raises(SourceError) as caught:
+        graph.source.read()
+    assert (caught.value.reason, caught.value.final) == ("new_version", False)
