@@ -253,6 +253,23 @@ def test_tritons_dangerous_calls_ask_for_a_key():
     assert admin["secret"]["secretName"] == "triton-admin"
 
 
+def test_workers_take_what_the_signer_signed():
+    """The public keys of a ConfigMap or a Secret are a file that the line file names; by default there are none."""
+    source = {"defaultMode": 0o440, "items": [{"key": "keys", "path": "signer.pem"}]}
+    for signer, expected in (
+        ({"configMap": "signers", "key": "keys"}, {"configMap": {"name": "signers", **source}}),
+        ({"existingSecret": "signers", "key": "keys"}, {"secret": {"secretName": "signers", **source}}),
+    ):
+        manifests = render(overrides={"triton": {"signer": signer}})
+        line = yaml.safe_load(one(manifests, "ConfigMap", "t-logicrd-trays")["data"]["line.yaml"])
+        assert line["triton"]["signer_file"] == "triton/signer/signer.pem"
+        worker = pods(manifests)["StatefulSet/t-logicrd-trays"]
+        mounts = {mount["mountPath"]: mount["name"] for mount in worker["containers"][0]["volumeMounts"]}
+        volumes = {volume.pop("name"): volume for volume in worker["volumes"]}
+        assert volumes[mounts["/etc/logicrd/triton/signer"]] == expected
+    assert "signer" not in str(render())
+
+
 # --- scaling and spreading
 
 
