@@ -43,6 +43,7 @@ from pipeline.releases import (
     versions_of,
 )
 from pipeline.rollouts import Rollout, read_rollout
+from pipeline.servers import Triton
 from pipeline.signatures import SUFFIX, fault_of_signature, read_signature
 
 _SIGNATURE = MANIFEST + SUFFIX
@@ -295,6 +296,13 @@ class ModelRepository:
         finally:
             for left in self._store.glob(f"{stage.name}*"):
                 shutil.rmtree(left)
+
+
+def repository_of(settings: Triton) -> ModelRepository:
+    """Give the repository of a line file."""
+    models = settings.models_repo
+    store = settings.model_store or models.with_name(f"{models.name}.versions")
+    return ModelRepository(models, store, settings.signer_file)
 
 
 def _folder_of(config: ModelConfig, release: Release) -> int:

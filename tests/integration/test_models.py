@@ -130,7 +130,8 @@ def change(place: SimpleNamespace, what: Any, *arguments: Any) -> None:
 def triton_of(place: SimpleNamespace) -> dict[str, Any]:
     """Triton in the line file of a worker that takes what is signed alone."""
     addresses, models = place.settings.address, place.settings.models_repo
-    return {"address": addresses, "models_repo": str(models), "signer_file": str(place.signer)}
+    folders = {"models_repo": str(models), "model_store": str(place.folder / "store")}
+    return {"address": addresses, **folders, "signer_file": str(place.signer)}
 
 
 def push(place: SimpleNamespace, folder: Path) -> None:
@@ -182,27 +183,28 @@ def test_a_version_is_served_and_taken_back(place: SimpleNamespace) -> None:
 def test_a_running_line_takes_over_what_is_promoted(
     place: SimpleNamespace, stack: Any, line_file: Any, tmp_path: Path
 ) -> None:
-    """No part is lost or UNINSPECTED while versions come and go: each verdict names the version that judged it and the
-    limits that were set for it. A version that the line's signer did not sign gets no part although every replica
-    serves it, and a manifest that nobody serves is refused once; both cost nothing."""
+    """No part is lost or UNINSPECTED while versions come and go: each verdict names the version that judged it, and
+    meets its limits, which for the next one were set before its promotion. A version that the line's signer did not
+    sign gets no part although every replica serves it; a manifest that nobody serves is refused. Both cost nothing."""
     made = line_file(stack, triton=triton_of(place))
     made.camera(type="folder", path=str(pictures(tmp_path)), product=PRODUCT, rate=4, loop=True)
     path = made.write()
-    command = [sys.executable, "-m", "pipeline.cli", "thresholds", "set", PRODUCT, "--ng", "1e9", "-c", str(path)]
-    subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL)
     manifest = place.settings.models_repo / PRODUCT / "manifest.json"
     if NEXT not in place.repository.pushed(PRODUCT):
         push(place, heavier(place.folder / "export", NEXT))
+    for limits in (["--ng", "1e9"], ["--ng", "2e9", "--model-version", str(NEXT)]):
+        command = [sys.executable, "-m", "pipeline.cli", "thresholds", "set", PRODUCT, *limits, "-c", str(path)]
+        subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL)
 
     def judged(version: int, times: int) -> bool:
         """Whether the versions changed so often, and the last verdict is of this one."""
         versions = runs(made.name)
         return len(versions) == times and versions[-1][0] == str(version)
 
-    def runs(name: str) -> list[tuple[str, str]]:
-        events = received(stack.endpoints["kafka"], name).events
-        seen = [(data["model"]["version"], data["threshold"]["source"]) for data in (each["data"] for each in events)]
-        return [one for one, _ in itertools.groupby(seen)]
+    def runs(name: str) -> list[tuple[str, str, float]]:
+        parts = [event["data"] for event in received(stack.endpoints["kafka"], name).events]
+        met = [(part["model"]["version"], part["threshold"]["source"], part["threshold"]["ng"]) for part in parts]
+        return [one for one, _ in itertools.groupby(met)]
 
     with LineProcess(path) as line:
         wait_until(lambda: judged(NOW, 1), 60, "verdicts of the first version")
@@ -227,12 +229,14 @@ def test_a_running_line_takes_over_what_is_promoted(
         sign(manifest, place.private)
         summary = line.stop()
         assert line.log().count("new version not judged with") == 2
-    redis.Redis.from_url(stack.endpoints["redis"]).delete(f"logicrd:threshold:{PRODUCT}")
+    with redis.Redis.from_url(stack.endpoints["redis"]) as admin:
+        admin.delete(*admin.scan_iter(f"logicrd:threshold:{PRODUCT}*"))
     verdicts = received(stack.endpoints["kafka"], made.name, at_least=summary["triggered"])
     assert verdicts.causes == {}
     assert verdicts.in_order()
     assert verdicts.duplicates == 0
-    assert runs(made.name) == [(str(NOW), "redis"), (str(NEXT), "manifest"), (str(NOW), "redis")]
+    now, following = (str(NOW), "redis", 1e9), (str(NEXT), "redis", 2e9)
+    assert runs(made.name) == [now, following, now]
 
 
 def test_a_running_line_tries_a_version(place: SimpleNamespace, stack: Any, line_file: Any, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import structlog
 import yaml
+from exported import PRODUCT, tiny
 from line_process import LineProcess, received
 from redis_server import RedisServer, make_certificates
 
@@ -26,6 +27,7 @@ from pipeline.health import Health
 from pipeline.limits import Change
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.metrics import Metrics
+from pipeline.model_repository import ModelRepository
 from pipeline.servers import Redis as RedisSettings
 from pipeline.threshold_store import CHANNEL, KEY, POLICY_KEY, Policy, ThresholdStore
 from pipeline.thresholds import ThresholdCache
@@ -199,7 +201,7 @@ def test_a_proposal_is_void_after_its_time_and_when_the_limits_have_changed(serv
         ben.approve(product, waiting.proposal, **approval)
     (waiting,) = anna.write([change(manifest, 7.7)], author="Anna")
     assert anna.proposal(product)["expires_at"]
-    ben.withdraw(product, waiting.proposal, author="Ben", reason="too high")
+    ben.withdraw(product, waiting.proposal, author="Ben", model_sha256=manifest.model_sha256, reason="too high")
     assert anna.proposal(product) == {}
     assert [entry["action"] for entry in anna.history(product, 2)] == ["withdrawn", "proposed"]
 
@@ -527,9 +529,9 @@ def answered(logicrd):
 def line_of(server, line_file):
     """Write the line file of an engineer, on this file's Redis."""
 
-    def write(user, stack=None, **settings):
+    def write(user, stack=None, product="cable-set", **settings):
         made = line_file(stack, redis=server.settings(user), **settings)
-        return made.camera(type="folder", path=".", product="cable-set").write().rename(made.folder / f"{user}.yaml")
+        return made.camera(type="folder", path=".", product=product).write().rename(made.folder / f"{user}.yaml")
 
     return write
 
@@ -653,4 +655,89 @@ def test_each_version_has_limits_of_its_own(store_of, watching, manifest, tmp_pa
         until(lambda: cache.get(product).ng == 8.5)
         assert cache.learn(manifest)
         cache.take(manifest)
-        assert cache.get(product).source is ThresholdSource.MANIFEST
+        assert (cache.get(product).ng, cache.get(product).source) == (7.5, ThresholdSource.REDIS)
+
+
+def test_limits_of_a_version_wait_for_its_promotion(server, store_of, watching, manifest):
+    """Set while it is pushed or on trial, they hold for its scores alone; promoted, they are in force at once, after a
+    rollback those of the version before. Nothing is called unused meanwhile, and no right is lacking."""
+    product, anna = manifest.product, store_of("anna")
+    following = manifest.model_copy(update={"version": manifest.version + 1, "model_sha256": "cd" * 32})
+    old, new = (Model(product, str(each.version), each.model_sha256) for each in (manifest, following))
+    anna.write([change(manifest, 7.5)], author="Anna")
+    anna.write([change(following, 8.0, beside=True)], author="Anna")
+    with watching(refresh_s=600) as cache:
+        assert cache.learn(following)
+        assert (cache.get(product, old).ng, cache.get(product, new).ng) == (7.5, 8.0)
+        (written,) = anna.write([change(following, 8.5, beside=True, expected="2")], author="Anna")
+        until(lambda: cache.get(product, new).ng == 8.5)
+        assert (cache.get(product).ng, cache.get(product).version, written.version) == (7.5, 1, 3)
+        cache.take(following)
+        cache.keep(product, manifest)
+        assert (cache.get(product).ng, cache.get(product).source) == (8.5, ThresholdSource.REDIS)
+        anna.write([change(following, 9.5)], author="Anna")
+        until(lambda: cache.get(product).ng == 9.5)
+        assert (cache.get(product, old).ng, cache.get(product, old).version) == (7.5, 1)
+        cache.take(manifest)
+        until(lambda: cache.get(product).ng == 7.5)
+        assert unused(cache, product) == set()
+    assert [entry["version"] for entry in anna.history(product, 9)] == ["4", "3", "2", "1"]
+    assert server.admin().acl_log() == []
+
+
+def test_a_lost_record_of_a_promoted_version_is_missed(server, store_of, watching, manifest):
+    """A backup from before its limits were set: those in force hold, as they do for a record of the product."""
+    product, anna = manifest.product, store_of("anna")
+    before = manifest.model_copy(update={"version": manifest.version - 1, "model_sha256": "cd" * 32})
+    anna.write([change(before, 7.5)], author="Anna")
+    anna.write([change(manifest, 8.5, beside=True)], author="Anna")
+    with watching(refresh_s=600) as cache:
+        assert cache.get(product).ng == 8.5
+        server.admin().delete(f"{KEY}{product}:{manifest.model_sha256}")
+        server.admin().publish(CHANNEL, product)
+        until(lambda: unused(cache, product) == {"older_version"})
+        assert (cache.get(product).ng, cache.get(product).source) == (8.5, ThresholdSource.CACHE)
+
+
+def test_two_people_put_limits_of_a_version_on_trial_in_force(store_of, manifest):
+    """A proposal for a version that is not served can be approved before its promotion and after it."""
+    anna, ben, product = store_of("anna"), store_of("ben"), manifest.product
+    following = manifest.model_copy(update={"model_sha256": "cd" * 32})
+    sha = following.model_sha256
+    store_of("quinn").set_policy(Policy(approvals=2), author="Quinn")
+    for version, beside in ((1, True), (2, False)):
+        (waiting,) = anna.write([change(following, 8.5, beside=True)], author="Anna")
+        assert anna.proposal(product) == {}
+        assert anna.proposal(product, sha)["id"] == waiting.proposal
+        with pytest.raises(CheckError, match="no proposal"):
+            ben.approve(product, waiting.proposal, author="Ben", model_sha256=manifest.model_sha256)
+        given = ben.approve(product, waiting.proposal, author="Ben", model_sha256=sha, beside=beside)
+        assert (given, anna.proposal(product, sha)) == (version, {})
+        assert anna.of_model(product, sha)["version"] == str(version)
+    assert anna.get(product)["version"] == "2"
+
+
+def test_the_commands_set_limits_of_a_version_that_is_not_served(line_of, logicrd, answered, tmp_path):
+    """By the version's number, pushed or on trial; shown beside the served one's, and in force with its promotion."""
+    tiny(tmp_path / "models", 3)
+    repository = ModelRepository(tmp_path / "models", tmp_path / "models.versions")
+    with repository.locked():
+        repository.adopt(PRODUCT)
+        repository.push(tiny(tmp_path / "export", 4))
+    path = line_of("anna", triton={"models_repo": str(tmp_path / "models")}, product=PRODUCT)
+    told = ("thresholds", "set", PRODUCT, "-c", path, "--ng")
+    answered(*told, "7.5")
+    row = answered(*told, "8.5", "--model-version", "4")["after"]
+    assert (row["model_version"], row["ng"], row["version"]) == (4, "8.5", "2")
+    shown = {row["model_version"]: row["ng"] for row in answered("thresholds", "list", "-c", path)}
+    assert shown == {3: "7.5", 4: "8.5"}
+    code, _, err = logicrd(*told, "9", "--model-version", "9")
+    assert (code, "no version 9" in err) == (3, True)
+    (repository.models / PRODUCT / "manifest.json").write_bytes(
+        (repository.tree(PRODUCT, 4) / "manifest.json").read_bytes()
+    )
+    get = ("thresholds", "get", PRODUCT, "-c", path)
+    assert (answered(*get)["ng"], answered(*get, "--model-version", "3")["ng"]) == ("8.5", "7.5")
+    answered("thresholds", "set", PRODUCT, "-c", path, "--ng", "9", "--version", "2")
+    back = answered("thresholds", "rollback", PRODUCT, "-c", path)["after"]
+    assert (back["ng"], back["version"], answered(*get, "--model-version", "3")["ng"]) == ("8.5", "4", "7.5")
