@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.cameras import Block, Product
-from pipeline.errors import CheckError, ConfigError
+from pipeline.errors import CheckError, ConfigError, first_fault
 from pipeline.manifest import Finite, Manifest, Sha256
 from pipeline.types import Threshold, ThresholdSource
 
@@ -192,9 +192,7 @@ def plan(
     try:
         entries = _File.model_validate(document).thresholds
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(step) for step in fault["loc"])
-        raise ConfigError(f"{name}: {place or 'file'}: {fault['msg'].removeprefix('Value error, ')}") from None
+        raise ConfigError(f"{name}: {first_fault(error, 'file')}") from None
     changes = (_planned(product, entry, current[product], manifests[product]) for product, entry in entries.items())
     return [change for change in changes if change is not None]
 

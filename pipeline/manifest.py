@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.cameras import Camera, graph_cameras
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, first_fault
 from pipeline.region import RegionOfInterest
 from pipeline.signatures import fault_of_signature, read_signature
 from pipeline.types import Model, Threshold, ThresholdSource
@@ -177,9 +177,7 @@ def manifest_at(path: Path, signer: Path | None = None) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(step) for step in first["loc"])
-        raise ConfigError(f"manifest {path}: {place}: {first['msg']}", hint="export the product again") from None
+        raise ConfigError(f"manifest {path}: {first_fault(error)}", hint="export the product again") from None
     if manifest.product != path.parent.name:
         raise ConfigError(f"manifest {path} is of product {manifest.product!r}, not {path.parent.name!r}")
     if signer is not None and (others := _other_files(path.parents[1], manifest)):

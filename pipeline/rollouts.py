@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, first_fault
 from pipeline.manifest import Manifest, Sha256, manifest_at
 
 ROLLOUT = "rollout.json"
@@ -53,7 +53,8 @@ def read_rollout(models_repo: Path, product: str) -> Rollout | None:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
-        raise _fault(path, error) from None
+        hint = "start it again with `logicrd models`"
+        raise ConfigError(f"{path}: {first_fault(error)}", hint=hint) from None
 
 
 def read_candidate(models_repo: Path, product: str, rollout: Rollout, signer: Path | None = None) -> Manifest:
@@ -64,9 +65,3 @@ def read_candidate(models_repo: Path, product: str, rollout: Rollout, signer: Pa
     if manifest.model_sha256 != rollout.model_sha256:
         raise ConfigError(f"{path} is not the manifest of version {rollout.version} of {product!r}")
     return manifest
-
-
-def _fault(path: Path, error: ValidationError) -> ConfigError:
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(step) for step in first["loc"])
-    return ConfigError(f"{path}: {place}: {first['msg']}", hint="start it again with `logicrd models`")
