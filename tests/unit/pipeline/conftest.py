@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -205,3 +206,13 @@ def line_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MiB of its own, in memory."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
