@@ -24,7 +24,11 @@ import yaml
 from hypothesis import settings
 from parts_bench import Bench
 
+from pipeline.health import Health
+from pipeline.inference import InferenceClient
 from pipeline.manifest import Manifest
+from pipeline.metrics import Metrics
+from pipeline.servers import Triton as TritonSettings
 from pipeline.stations import Station
 from pipeline.types import (
     Frame,
@@ -216,3 +220,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.fixture
+def client(make_manifest: Callable[..., Manifest]) -> Iterator[InferenceClient]:
+    """A client of a server that refuses every connection."""
+    settings = TritonSettings(address="127.0.0.1:9", startup_timeout_s=0.01)
+    client = InferenceClient(settings, {"tray": make_manifest()}, metrics=Metrics(), health=Health())
+    yield client
+    client.close()
