@@ -154,7 +154,18 @@ def test_strimzi_makes_the_brokers_and_the_lines_user():
     }  # fmt: skip
     assert kafka["config"]["auto.create.topics.enable"] is False
     assert one(manifests, "KafkaNodePool")["spec"]["replicas"] == 3
-    assert one(manifests, "KafkaUser")["metadata"]["name"] == "t-logicrd-kafka-line"
+    user = one(manifests, "KafkaUser")
+    assert user["metadata"]["name"] == "t-logicrd-kafka-line"
+    rights = [
+        (rule["resource"]["type"], rule["resource"].get("name")) for rule in user["spec"]["authorization"]["acls"]
+    ]
+    # The names are those of `pipeline.topics`, `pool` and `triggers`, whose groups are of the line and not of a prefix.
+    assert rights == [
+        ("topic", "inspection."),
+        ("group", "inspection."),
+        ("group", "logicrd.line-2."),
+        ("cluster", None),
+    ]
     line = yaml.safe_load(one(manifests, "ConfigMap", "t-logicrd-all")["data"]["line.yaml"])
     assert line["kafka"]["bootstrap"] == ["t-logicrd-kafka-kafka-bootstrap:9093"]
     secrets = {
