@@ -15,7 +15,7 @@ from collections.abc import Collection
 
 import structlog
 
-from pipeline.errors import LineError
+from pipeline.errors import CheckError, ConfigError
 from pipeline.inference import InferenceClient
 from pipeline.manifest import Manifest, Manifests, other_pictures, products_in, read_manifest
 from pipeline.metrics import Metrics
@@ -101,7 +101,7 @@ class Newcomers:
             is_new = current is None or manifest.model_sha256 != current.model_sha256
             if is_new:  # that in force was checked; what is used of this one is what was signed
                 manifest = read_manifest(self._models_repo, product, self._signer)
-        except LineError as error:
+        except (CheckError, ConfigError) as error:
             self._refuse(product, str(error))
             return
         if not is_new:
@@ -139,7 +139,7 @@ class Newcomers:
                     fault = "its cameras have `inference: graph`, which asks for the version in force alone"
                 elif not (fault := self._learn(manifest, current)):
                     self._inference.offer(manifest, rollout)
-        except LineError as error:
+        except (CheckError, ConfigError) as error:
             fault = str(error)
             self._inference.withdraw(product)
         self._note_candidate(product, rollout, fault)
