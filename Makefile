@@ -51,8 +51,7 @@ static:
 chart: ## write what is generated in the chart, then lint it and test it against Kubernetes' schemas and promtool
 	@$(SETUP) line chart
 	.venv/bin/python deploy/local/chart.py
-	.venv/bin/pytest tests/contract/test_chart_templates.py tests/contract/test_chart_values.py \
-		tests/contract/test_chart_policy.py tests/contract/test_chart_monitoring.py
+	.venv/bin/pytest tests/contract/test_chart_*.py
 
 bench: ## measure the line and the served model against the limit of this machine; leaves the stack up
 	@$(SETUP) line triton training stack

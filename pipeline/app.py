@@ -94,7 +94,7 @@ class Line:
         self.cameras = self._make_readers(config, run)
         known = (self._manifests, self._inference, self._thresholds)
         self._newcomers = Newcomers(
-            config.triton.models_repo,
+            config.triton,
             *known,
             new_products=config.pool is not None,
             graph_products=config.graph_products,
@@ -377,11 +377,11 @@ def read_manifests(config: LineConfig) -> Manifests:
     A frame is brought to model size before it is known which product its trigger names, so the products of a station
     must agree on that size.
     """
-    repository = config.triton.models_repo
-    manifests = Manifests({product: read_manifest(repository, product) for product in config.products})
+    repository, signer = config.triton.models_repo, config.triton.signer_file
+    manifests = Manifests({product: read_manifest(repository, product, signer) for product in config.products})
     for product in products_in(repository) if config.pool is not None else ():
         try:
-            manifests.setdefault(product, read_manifest(repository, product))
+            manifests.setdefault(product, read_manifest(repository, product, signer))
         except ConfigError as error:
             log.error("product left out", product=product, error=str(error), hint=error.hint)
     for station in config.stations:

@@ -12,7 +12,7 @@ from pipeline import config as configuration
 from pipeline.config import LineConfig
 from pipeline.errors import CheckError, ConfigError
 from pipeline.model_control import ModelControl
-from pipeline.model_repository import ModelRepository
+from pipeline.model_repository import ModelRepository, repository_of
 from pipeline.promotion import promote, rollback, stop_trial, try_beside
 from pipeline.releases import MANIFEST, Release, before
 from pipeline.signatures import sign
@@ -34,7 +34,7 @@ def models_list(
     as_json: Json = False,
 ) -> None:
     """List the versions of each product: which one is served, and to which one a rollback goes."""
-    repository = _repository(configuration.load(config))
+    repository = repository_of(configuration.load(config).triton)
     if product and product not in repository.products():
         raise ConfigError(f"no product {product!r}; there are: {', '.join(repository.products()) or 'none'}")
     rows = [row for name in [product] * bool(product) or repository.products() for row in _rows(repository, name)]
@@ -66,7 +66,7 @@ def models_push(
     as_json: Json = False,
 ) -> None:
     """Check an exported version and keep it, whole or not at all; it is served once it is promoted."""
-    repository = _repository(configuration.load(config))
+    repository = repository_of(configuration.load(config).triton)
     with repository.locked():
         release, is_new = repository.push(folder)
     text = f"{release.product} version {release.version} {'pushed' if is_new else 'was pushed before'}"
@@ -93,7 +93,7 @@ def models_promote(
     Running workers take it within seconds. With --canary it judges a share of the parts, until it is promoted without.
     """
     settings, share = configuration.load(config), None if canary is None else _percent(canary)
-    repository, by = _repository(settings), _author(author)
+    repository, by = repository_of(settings.triton), _author(author)
     with repository.locked(), ModelControl(settings.triton) as control:
         if share is None:
             release = promote(repository, control, product, version, by=by, reason=reason, interrupt=interrupt)
@@ -119,7 +119,7 @@ def models_shadow(
     The figures are those that the running workers told last, each since its start; those of a canary are shown too.
     """
     settings = configuration.load(config)
-    repository = _repository(settings)
+    repository = repository_of(settings.triton)
     if version is None and not stop:
         _answer_trial(repository, product, as_json, settings)
         return
@@ -142,7 +142,7 @@ def models_rollback(
 ) -> None:
     """Take a canary back; without one, serve the version again that was promoted before."""
     settings = configuration.load(config)
-    repository, by = _repository(settings), _author(author)
+    repository, by = repository_of(settings.triton), _author(author)
     with repository.locked(), ModelControl(settings.triton) as control:
         release = rollback(repository, control, product, by=by, reason=reason)
         _answer_served(release, control, as_json)
@@ -157,7 +157,7 @@ def models_prune(
     as_json: Json = False,
 ) -> None:
     """Remove versions older than the served one, but for those promoted last; teachers and what is loaded stay."""
-    repository = _repository(configuration.load(config))
+    repository = repository_of(configuration.load(config).triton)
     with repository.locked():
         removed = repository.prune(product, keep, dry_run=dry_run)
     words = "would be removed" if dry_run else "removed"
@@ -165,14 +165,6 @@ def models_prune(
         f"{product}: {words}: version {', '.join(map(str, removed))}" if removed else f"{product}: nothing is that old"
     )
     answer({"product": product, "removed": removed, "dry_run": dry_run}, as_json, text)
-
-
-def _repository(settings: LineConfig) -> ModelRepository:
-    triton = settings.triton
-    models = triton.models_repo
-    return ModelRepository(
-        models, triton.model_store or models.with_name(f"{models.name}.versions"), triton.signer_file
-    )
 
 
 def _rows(repository: ModelRepository, product: str) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +16,15 @@ import yaml
 from pipeline import config as configuration
 from pipeline import limits
 from pipeline.app import read_manifests
-from pipeline.cli_tuning import Last, own_limits, preview, thresholds_suggest
+from pipeline.cli_tuning import (
+    Last,
+    ModelVersion,
+    manifest_of,
+    own_limits,
+    preview,
+    thresholds_suggest,
+    versions_of,
+)
 from pipeline.config import LineConfig
 from pipeline.errors import ConfigError
 from pipeline.limits import Change
@@ -35,17 +43,24 @@ thresholds_app.command("suggest")(thresholds_suggest)
 
 @thresholds_app.command("list")
 def thresholds_list(config: Config = CONFIG_FILE, as_json: Json = False) -> None:
-    """Show the limits of every product of the line, and where they come from."""
+    """Show the limits of every product of the line, and where they come from; of versions that are not served those
+    that were set."""
     settings = configuration.load(config)
     store = ThresholdStore(settings.redis)
-    rows = [_row(store, manifest) for manifest in read_manifests(settings).values()]
-    answer(rows, as_json, table_of(rows, ["product", "ng", "review", "version", "source", "updated_by", "reason"]))
+    rows = []
+    for product, manifest in read_manifests(settings).items():
+        others = [_row(store, other) for other in versions_of(settings, product)[1].values()]
+        rows += [_row(store, manifest), *(row for row in others if row["source"] == "redis")]
+    columns = ["product", "model_version", "ng", "review", "version", "source", "updated_by", "reason"]
+    answer(rows, as_json, table_of(rows, columns))
 
 
 @thresholds_app.command("get")
-def thresholds_get(product: str, config: Config = CONFIG_FILE, as_json: Json = False) -> None:
+def thresholds_get(
+    product: str, model_version: ModelVersion = None, config: Config = CONFIG_FILE, as_json: Json = False
+) -> None:
     """Show the limits of one product."""
-    _, manifest, store = _opened(config, product)
+    _, manifest, store, _ = _opened(config, product, model_version)
     row = _row(store, manifest)
     answer(row, as_json, _lines(row))
 
@@ -64,18 +79,22 @@ def thresholds_set(
         bool, typer.Option("--dry-run", help="Show which of the last parts would flip, and change nothing.")
     ] = False,
     last: Last = 1000,
+    model_version: ModelVersion = None,
     config: Config = CONFIG_FILE,
     as_json: Json = False,
 ) -> None:
-    """Set the limits of one product; a running line takes them with the next part."""
-    settings, manifest, store = _opened(config, product)
+    """Set the limits of one product; a running line takes them with the next part.
+
+    Those of a version that is not served hold for its scores alone: on trial, and from its promotion on.
+    """
+    settings, manifest, store, beside = _opened(config, product, model_version)
     expected = None if version is None else str(version)
     review = ng if review is None else review
     if dry_run:
         limits.check_limits(ng, review)
         preview(settings, manifest, _row(store, manifest), Limits(ng, review), last, as_json)
         return
-    change = Change(product, ng, review, manifest.model_sha256, reason, expected)
+    change = Change(product, ng, review, manifest.model_sha256, reason, expected, beside=beside)
     _write(store, manifest, change, author=author, action="set", as_json=as_json)
 
 
@@ -89,18 +108,19 @@ def thresholds_rollback(
         bool, typer.Option("--dry-run", help="Show which of the last parts would flip, and change nothing.")
     ] = False,
     last: Last = 1000,
+    model_version: ModelVersion = None,
     config: Config = CONFIG_FILE,
     as_json: Json = False,
 ) -> None:
     """Put limits of the past in force again, as a new version."""
-    settings, manifest, store = _opened(config, product)
-    current = store.get(product).get("version", "0")
+    settings, manifest, store, beside = _opened(config, product, model_version)
+    current = store.of_model(product, manifest.model_sha256).get("version", "0")
     past = limits.to_roll_back_to(store.history(product, 1000), current, to, manifest)
     if dry_run:
         preview(settings, manifest, _row(store, manifest), Limits(past.ng, past.review), last, as_json)
         return
     why = f"rollback to version {past.version}" + (f": {reason}" if reason else "")
-    change = Change(product, past.ng, past.review, manifest.model_sha256, why, expected=current)
+    change = Change(product, past.ng, past.review, manifest.model_sha256, why, expected=current, beside=beside)
     _write(store, manifest, change, author=author, action="rollback", as_json=as_json)
 
 
@@ -114,7 +134,8 @@ def thresholds_history(
     """Show who changed the limits of a product, when and why; newest first."""
     rows = ThresholdStore(configuration.load(config).redis).history(product, count)
     columns = ["version", "action", "ng", "review", "updated_at", "updated_by", "updated_as", "approved_by", "reason"]
-    answer(rows, as_json, table_of(rows, columns))
+    shown = [row | {"model": row.get("model_sha256", "")[:12]} for row in rows]
+    answer(rows, as_json, table_of(shown, [*columns[:4], "model", *columns[4:]]))
 
 
 @thresholds_app.command("export")
@@ -123,10 +144,12 @@ def thresholds_export(
     config: Config = CONFIG_FILE,
     as_json: Json = False,
 ) -> None:
-    """Write the limits of the line's products to a file, as YAML or with --json; products without any are left out."""
+    """Write the limits of the line's products to a file, as YAML or with --json; products without any are left out,
+    and so are versions that are not served."""
     settings = configuration.load(config)
     store = ThresholdStore(settings.redis)
-    records = {product: fields for product in read_manifests(settings) if (fields := store.get(product))}
+    found = {product: store.of_model(product, each.model_sha256) for product, each in read_manifests(settings).items()}
+    records = {product: fields for product, fields in found.items() if fields}
     document = limits.to_document(records)
     if as_json:  # with its characters as they are: YAML, as which it is read again, joins no halves of one
         text = json.dumps(document, ensure_ascii=False, indent=1) + "\n"
@@ -159,7 +182,7 @@ def thresholds_import(
     store = ThresholdStore(settings.redis)
     products = limits.products_of(document)
     manifests = {product: read_manifest(settings.triton.models_repo, product) for product in products}
-    current = {product: _or_none(store, product) for product in products}
+    current = {product: _or_none(store, manifest) for product, manifest in manifests.items()}
     changes = limits.plan(document, str(file), current, manifests)
     if only_unset:
         changes = [
@@ -211,9 +234,13 @@ def thresholds_proposals(config: Config = CONFIG_FILE, as_json: Json = False) ->
     """Show what waits for a second person."""
     settings = configuration.load(config)
     store = ThresholdStore(settings.redis)
-    found = ((product, store.proposal(product)) for product in read_manifests(settings))
-    rows = [{"product": product, **fields} for product, fields in found if fields]
-    columns = ["product", "id", "ng", "review", "base", "updated_by", "expires_at", "reason"]
+    rows = []
+    for product, manifest in read_manifests(settings).items():
+        waiting = [(manifest.version, store.proposal(product))]
+        for each in (manifest, *versions_of(settings, product)[1].values()):
+            waiting.append((each.version, store.proposal(product, each.model_sha256)))
+        rows += [{"product": product, "model_version": version, **fields} for version, fields in waiting if fields]
+    columns = ["product", "model_version", "id", "ng", "review", "base", "updated_by", "expires_at", "reason"]
     answer(rows, as_json, table_of(rows, columns) if rows else "nothing waits")
 
 
@@ -222,12 +249,14 @@ def thresholds_approve(
     product: str,
     proposal: Annotated[str, typer.Argument(help="Its id, as `proposals` shows it.")],
     author: Author = "",
+    model_version: ModelVersion = None,
     config: Config = CONFIG_FILE,
     as_json: Json = False,
 ) -> None:
     """Put somebody else's proposal in force."""
-    _, manifest, store = _opened(config, product)
-    store.approve(product, proposal, author=_author(author), model_sha256=manifest.model_sha256)
+    _, manifest, store, beside = _opened(config, product, model_version)
+    sha = manifest.model_sha256
+    store.approve(product, proposal, author=_author(author), model_sha256=sha, beside=beside)
     row = _row(store, manifest)
     answer(row, as_json, _lines(row))
 
@@ -238,12 +267,13 @@ def thresholds_withdraw(
     proposal: Annotated[str, typer.Argument(help="Its id, as `proposals` shows it.")],
     reason: Reason = "",
     author: Author = "",
+    model_version: ModelVersion = None,
     config: Config = CONFIG_FILE,
     as_json: Json = False,
 ) -> None:
     """Take a proposal back, or refuse another's."""
-    _, _, store = _opened(config, product)
-    store.withdraw(product, proposal, author=_author(author), reason=reason)
+    _, manifest, store, _ = _opened(config, product, model_version)
+    store.withdraw(product, proposal, author=_author(author), model_sha256=manifest.model_sha256, reason=reason)
     answer({"withdrawn": proposal}, as_json, f"{product}: proposal {proposal} is withdrawn")
 
 
@@ -253,9 +283,10 @@ def threshold_doubts(store: ThresholdStore, manifests: Iterable[Manifest]) -> li
     return [f"threshold of {row['product']}: {row['reason']}" for row in rows if row["version"] == 0 and row["reason"]]
 
 
-def _opened(config: Path, product: str) -> tuple[LineConfig, Manifest, ThresholdStore]:
+def _opened(config: Path, product: str, version: int | None) -> tuple[LineConfig, Manifest, ThresholdStore, bool]:
     settings = configuration.load(config)
-    return settings, read_manifest(settings.triton.models_repo, product), ThresholdStore(settings.redis)
+    manifest, beside = manifest_of(settings, product, version)
+    return settings, manifest, ThresholdStore(settings.redis), beside
 
 
 def _author(given: str) -> str:
@@ -265,17 +296,18 @@ def _author(given: str) -> str:
         raise ConfigError("this user has no name here", hint="give it with --author") from None
 
 
-def _or_none(store: ThresholdStore, product: str) -> dict[str, str]:
+def _or_none(store: ThresholdStore, manifest: Manifest) -> Mapping[str, str]:
     try:
-        return store.get(product)
+        return store.of_model(manifest.product, manifest.model_sha256)
     except ConfigError:
         return {}
 
 
 def _row(store: ThresholdStore, manifest: Manifest) -> dict[str, Any]:
-    """Show a product's limits as a line that has just been started would take them."""
+    """Show the limits for a version's scores as a line that has just been started would take them."""
+    named = {"product": manifest.product, "model_version": manifest.version}
     try:
-        fields = store.get(manifest.product)
+        fields = store.of_model(manifest.product, manifest.model_sha256)
         reading = limits.read(fields, manifest)
         why = "" if reading.fault == "absent" else reading.why
     except ConfigError as error:
@@ -283,10 +315,10 @@ def _row(store: ThresholdStore, manifest: Manifest) -> dict[str, Any]:
     if reading.threshold is None:
         told = {name: round(value, 4) for name, value in asdict(own_limits(manifest)).items()}
         blank = dict.fromkeys(("updated_by", "updated_at"), "")
-        return {"product": manifest.product, **told, "version": 0, "source": "manifest", **blank, "reason": why}
+        return {**named, **told, "version": 0, "source": "manifest", **blank, "reason": why}
     shown = {key: fields.get(key, "") for key in ("ng", "review", "version")}
     rest = {key: fields.get(key, "") for key in ("updated_by", "updated_at", "updated_as", "approved_by", "reason")}
-    return {"product": manifest.product, **shown, "source": "redis", **rest}
+    return {**named, **shown, "source": "redis", **rest}
 
 
 def _write(
@@ -297,7 +329,9 @@ def _write(
     if done.proposal is not None:
         text = f"{change.product}: proposed as {done.proposal}; in force once a second person approves:\n"
         text += f"  logicrd thresholds approve {change.product} {done.proposal}"
-        answer({"before": before, "proposal": store.proposal(change.product)}, as_json, text)
+        text += f" --model-version {manifest.version}" if change.beside else ""
+        proposal = store.proposal(change.product, manifest.model_sha256 if change.beside else "")
+        answer({"before": before, "proposal": proposal}, as_json, text)
         return
     after = _row(store, manifest)
     moved = ", ".join(f"{name} {before[name]} -> {after[name]}" for name in ("ng", "review"))

@@ -12,12 +12,19 @@ import typer
 from pipeline import config as configuration
 from pipeline import tuning
 from pipeline.config import LineConfig
+from pipeline.errors import ConfigError
 from pipeline.manifest import Manifest, read_manifest
+from pipeline.model_repository import repository_of
+from pipeline.releases import Release
+from pipeline.rollouts import read_candidate
 from pipeline.tail import last_verdicts
 from pipeline.terminal import CONFIG_FILE, Config, Json, answer
 from pipeline.tuning import Forecast, Limits
 from pipeline.types import Judgement
 
+ModelVersion = Annotated[
+    int | None, typer.Option(min=1, help="Of this version of the model, pushed or on trial. Default: the served one.")
+]
 Last = Annotated[int, typer.Option(min=1, max=1_000_000, help="Parts of the verdict topic to look at.")]
 
 
@@ -37,6 +44,7 @@ def thresholds_suggest(
         float | None, typer.Option(min=0, help="Bearable needless looks an hour. Default: 4 % of the good parts.")
     ] = None,
     last: Last = 10_000,
+    model_version: ModelVersion = None,
     config: Config = CONFIG_FILE,
     as_json: Json = False,
 ) -> None:
@@ -46,7 +54,7 @@ def thresholds_suggest(
     if not all(math.isfinite(given or 0) for given in (parts_per_hour, false_alarms_per_hour, reviews_per_hour)):
         raise typer.BadParameter("figures an hour are finite numbers")
     settings = configuration.load(config)
-    manifest = read_manifest(settings.triton.models_repo, product)
+    manifest, _ = manifest_of(settings, product, model_version)
     own = own_limits(manifest)
     found: dict[str, Any]
     if reviewed is None:
@@ -95,6 +103,39 @@ def preview(
         f"  {flip.time}  {flip.part_id}  {flip.score:.4f}  {flip.before} -> {flip.after}" for flip in flipped[-20:]
     ]
     answer(document, as_json, "\n".join([text, *shown]))
+
+
+def manifest_of(settings: LineConfig, product: str, version: int | None) -> tuple[Manifest, bool]:
+    """Read the manifest of a version, by default the served one; and whether it is another than that.
+
+    Raises ConfigError, naming the versions that there are.
+    """
+    if version is None:
+        return read_manifest(settings.triton.models_repo, product), False
+    served, others = versions_of(settings, product)
+    if served is not None and served.version == version:
+        return served, False
+    if version not in others:
+        known = ", ".join(map(str, sorted(others))) or "none"
+        raise ConfigError(f"{product!r} has no version {version} beside the served one; there are: {known}")
+    return others[version], True
+
+
+def versions_of(settings: LineConfig, product: str) -> tuple[Manifest | None, dict[int, Manifest]]:
+    """Read the manifest of the served version, None when there is none, and those of the others: pushed or on trial.
+
+    One in the store that cannot be read is left out.
+    """
+    repository = repository_of(settings.triton)
+    served, rollout = repository.promoted(product), repository.rollout(product)
+    others: dict[int, Manifest] = {
+        version: release for version, release in repository.pushed(product).items() if isinstance(release, Release)
+    }
+    if rollout is not None:  # the store may be on another machine
+        others[rollout.version] = read_candidate(settings.triton.models_repo, product, rollout)
+    if served is not None:
+        others.pop(served.version, None)
+    return served, others
 
 
 def own_limits(manifest: Manifest) -> Limits:

@@ -13,7 +13,10 @@ Lower libraries' errors are mapped at the module that talks to them and nowhere 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class LineError(Exception):
@@ -80,3 +83,13 @@ class FrameError(SourceError):
         self.part_id = part_id
         self.part_id_source = part_id_source
         self.trigger_count = trigger_count
+
+
+def first_fault(error: ValidationError, whole: str = "") -> str:
+    """Say the first thing that is wrong with a document, and where: `a.b: why`.
+
+    `whole` names the document where the fault has no place in it.
+    """
+    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = ".".join(str(step) for step in fault["loc"]) or whole
+    return f"{place}: {fault['msg'].removeprefix('Value error, ')}".removeprefix(": ")

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.cameras import Block, Product
-from pipeline.errors import CheckError, ConfigError
+from pipeline.errors import CheckError, ConfigError, first_fault
 from pipeline.manifest import Finite, Manifest, Sha256
 from pipeline.types import Threshold, ThresholdSource
 
@@ -34,10 +34,10 @@ _SET_AGAIN = "set it with `logicrd thresholds set`"
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Limits that somebody wants in force for a product.
+    """Limits that somebody wants in force for a network of a product.
 
     `expected` is the version, as Redis holds it, on which the wish is founded; None for whichever. The new version is
-    above `floor`.
+    above `floor`. `beside`: the network is not the served one, whose limits stay as they are.
     """
 
     product: str
@@ -47,15 +47,20 @@ class Change:
     reason: str = ""
     expected: str | None = None
     floor: int = 0
+    beside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a record is worth for a product's model: its limits, or why they are not used (`fault`, told in `why`)."""
+    """What a record is worth for a product's model: its limits, or why they are not used (`fault`, told in `why`).
+
+    `version` is that of limits for another model.
+    """
 
     threshold: Threshold | None
     fault: Literal["", "absent", "invalid", "other_model"] = ""
     why: str = ""
+    version: int = 0
 
 
 def check_limits(ng: float, review: float) -> None:
@@ -95,8 +100,15 @@ def read(fields: Mapping[str, str], manifest: Manifest) -> Reading:
     except ConfigError as error:
         return Reading(None, "invalid", str(error))
     if threshold.model_sha256 != manifest.model_sha256:
-        return Reading(None, "other_model", "set for another model; not used")
+        return Reading(None, "other_model", "set for another model; not used", threshold.version)
     return Reading(threshold)
+
+
+def of_model(record: Mapping[str, str], own: Mapping[str, str], model_sha256: str) -> Mapping[str, str]:
+    """Give the record that counts for a network: the later one of the product's, where it is for this network, and of
+    the network's own. Without either it is the product's, which is another network's or empty."""
+    counting = [fields for fields in (record, own) if fields.get("model_sha256") == model_sha256]
+    return max(counting, key=_number_of, default=record)
 
 
 def is_older(found: Threshold, known: Threshold) -> bool:
@@ -113,7 +125,7 @@ def is_older(found: Threshold, known: Threshold) -> bool:
 def to_roll_back_to(
     history: Sequence[Mapping[str, str]], current: str, version: int | None, manifest: Manifest
 ) -> Threshold:
-    """Find limits of the past, newest entry first: those of `version`, or those before the current version.
+    """Find limits of the past, newest entry first: those of `version`, or this model's before the current version.
 
     Raises ConfigError when there are none, or when they were set for another model.
     """
@@ -123,13 +135,14 @@ def to_roll_back_to(
     if not wanted:
         which = "version before the one in force" if version is None else f"version {version}"
         raise ConfigError(f"{manifest.product!r} has no {which} in its history", hint="`logicrd thresholds history`")
-    if wanted[0].model_sha256 != manifest.model_sha256:
+    own = [past for past in wanted if past.model_sha256 == manifest.model_sha256]
+    if not own:
         raise ConfigError(
             f"version {wanted[0].version} of {manifest.product!r} was set for another model, whose scores mean another "
             "thing",
             hint="name a later version with --to, or `logicrd thresholds suggest`",
         )
-    return wanted[0]
+    return own[0]
 
 
 class _Entry(Block):
@@ -179,9 +192,7 @@ def plan(
     try:
         entries = _File.model_validate(document).thresholds
     except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(step) for step in fault["loc"])
-        raise ConfigError(f"{name}: {place or 'file'}: {fault['msg'].removeprefix('Value error, ')}") from None
+        raise ConfigError(f"{name}: {first_fault(error, 'file')}") from None
     changes = (_planned(product, entry, current[product], manifests[product]) for product, entry in entries.items())
     return [change for change in changes if change is not None]
 
@@ -198,8 +209,7 @@ def _planned(product: str, entry: _Entry, fields: Mapping[str, str], manifest: M
             f"{product}: the file's limits are for another model, whose scores mean another thing",
             hint="set new ones: `logicrd thresholds suggest`",
         )
-    held = fields.get("version", "0")
-    version = int(held) if _VERSION.fullmatch(held) else 0
+    held, version = fields.get("version", "0"), _number_of(fields)
     if entry.version is not None and entry.version < version:
         raise CheckError(
             f"{product}: the file has version {entry.version}, Redis has version {version}",
@@ -212,6 +222,11 @@ def _planned(product: str, entry: _Entry, fields: Mapping[str, str], manifest: M
     return Change(
         product, entry.ng, entry.review, manifest.model_sha256, entry.reason, expected=held, floor=entry.version or 0
     )
+
+
+def _number_of(fields: Mapping[str, str]) -> int:
+    held = fields.get("version", "")
+    return int(held) if _VERSION.fullmatch(held) else 0
 
 
 def _past(fields: Mapping[str, str]) -> Threshold | None:

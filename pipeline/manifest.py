@@ -2,11 +2,13 @@
 
 Read from the model repository at start, and again when another version is promoted. It says which tensors Triton has to
 offer, which thresholds were suggested by the validation normals, on which scale a heat map is drawn, and which part of
-a camera's picture the network saw. Written by the training room; never by the line.
+a camera's picture the network saw. Where the line file names a signer, nothing of a manifest is read that it did not
+sign. Written by the training room; never by the line.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,8 +16,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.cameras import Camera, graph_cameras
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, first_fault
 from pipeline.region import RegionOfInterest
+from pipeline.signatures import fault_of_signature, read_signature
 from pipeline.types import Model, Threshold, ThresholdSource
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -97,6 +100,7 @@ class Manifest(_Part):
     map_shape: tuple[int, int]
     calibration: Calibration
     model_sha256: Sha256
+    files: dict[str, Sha256] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _region_as_said(self) -> Manifest:
@@ -150,22 +154,51 @@ def other_pictures(manifest: Manifest, other: Manifest) -> str:
     return ", ".join(name for name in names if getattr(manifest, name) != getattr(other, name))
 
 
-def read_manifest(models_repo: Path, product: str) -> Manifest:
-    """Read a product's manifest. Raises ConfigError naming the product, and those that the repository has."""
+def read_manifest(models_repo: Path, product: str, signer: Path | None = None) -> Manifest:
+    """Read a product's manifest, see `manifest_at`. Raises ConfigError naming the product, and those that are there."""
     path = models_repo / product / "manifest.json"
+    if not path.is_file():
+        raise ConfigError(_absent(models_repo, product), hint="`logicrd-train export` writes a product")
+    return manifest_at(path, signer)
+
+
+def manifest_at(path: Path, signer: Path | None = None) -> Manifest:
+    """Read a manifest in the folder of its product.
+
+    With `signer`, a file of public keys, one of them has to have signed it, and weights that are there to be read have
+    to be those that it lists; blocks while they are. Raises ConfigError.
+    """
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise ConfigError(_absent(models_repo, product), hint="`logicrd-train export` writes a product") from None
+        data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"manifest {path}: {error.strerror}") from None
+    if signer is not None and (fault := fault_of_signature(data, read_signature(path), signer)):
+        raise ConfigError(f"manifest {path}: {fault}", hint="`logicrd models sign`, before it is pushed")
+    try:
+        manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(step) for step in first["loc"])
-        raise ConfigError(f"manifest {path}: {place}: {first['msg']}", hint="export the product again") from None
-    if manifest.product != product:
-        raise ConfigError(f"manifest {path} is of product {manifest.product!r}, not {product!r}")
+        raise ConfigError(f"manifest {path}: {first_fault(error)}", hint="export the product again") from None
+    if manifest.product != path.parent.name:
+        raise ConfigError(f"manifest {path} is of product {manifest.product!r}, not {path.parent.name!r}")
+    if signer is not None and (others := _other_files(path.parents[1], manifest)):
+        raise ConfigError(f"manifest {path}: not its files: {', '.join(others)}", hint="promote the version again")
     return manifest
+
+
+def _other_files(models_repo: Path, manifest: Manifest) -> list[str]:
+    """Name the weights that are not those of the manifest. A worker that has manifests alone can compare none."""
+    others = []
+    for name, digest in manifest.files.items():
+        path = models_repo / name
+        if path.name == "config.pbtxt" or not path.is_file():  # configurations may have been tuned
+            continue
+        try:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    others.append(name)
+        except OSError as error:
+            others.append(f"{name} ({error.strerror})")
+    return others
 
 
 def products_in(models_repo: Path) -> list[str]:

@@ -43,7 +43,8 @@ from pipeline.releases import (
     versions_of,
 )
 from pipeline.rollouts import Rollout, read_rollout
-from pipeline.signatures import SUFFIX, fault_of_signature
+from pipeline.servers import Triton
+from pipeline.signatures import SUFFIX, fault_of_signature, read_signature
 
 _SIGNATURE = MANIFEST + SUFFIX
 _HISTORY = "history.jsonl"
@@ -56,7 +57,7 @@ class ModelRepository:
     """The two folders. Methods that change something are called under `locked`."""
 
     def __init__(self, models: Path, store: Path, signer: Path | None = None) -> None:
-        """`signer`: the public key without whose signature no version is pushed or promoted."""
+        """`signer`: the file of public keys without whose signature no version is pushed or promoted."""
         self.models = models
         self._store = store
         self._signer = signer
@@ -273,8 +274,10 @@ class ModelRepository:
     def _check(self, tree: Path, release: Release, *, signature: bool = True) -> None:
         """Raise CheckError with everything that is wrong with a version's tree."""
         faults = name_faults(release)
-        if signature and self._signer is not None and (fault := fault_of_signature(tree / MANIFEST, self._signer)):
-            faults.append(fault)
+        if signature and self._signer is not None:
+            path = tree / MANIFEST
+            fault = fault_of_signature(path.read_bytes(), read_signature(path), self._signer)
+            faults += [f"{MANIFEST}: {fault}"] * bool(fault)
         tuned = (tree / _ADOPTED).is_file()
         if not faults:
             found = (_fault_of_file(tree, name, digest, release, tuned) for name, digest in release.files.items())
@@ -293,6 +296,13 @@ class ModelRepository:
         finally:
             for left in self._store.glob(f"{stage.name}*"):
                 shutil.rmtree(left)
+
+
+def repository_of(settings: Triton) -> ModelRepository:
+    """Give the repository of a line file."""
+    models = settings.models_repo
+    store = settings.model_store or models.with_name(f"{models.name}.versions")
+    return ModelRepository(models, store, settings.signer_file)
 
 
 def _folder_of(config: ModelConfig, release: Release) -> int:

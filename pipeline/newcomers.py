@@ -1,10 +1,10 @@
 """Products and versions that come while the line runs: exported or promoted, and served by every replica of Triton.
 
-One thread looks every few seconds. A version is the line's only once its manifest can be read, every replica in use
-serves it with that signature and has judged a black picture of it, and its threshold is known. Until then, and for
-good if that never comes, parts are judged by the version before; the log, a metric and the heartbeat say so. The
-same holds for a version on trial, canary or shadow. A new product is taken by a worker of a pool alone, for the cameras
-that wait for it. Judges nothing. Owned by `app`.
+One thread looks every few seconds. A version is the line's only once its manifest can be read and, where the line file
+names a signer, is signed by it, every replica in use serves it with those tensors and has judged a black picture of it,
+and its threshold is known. Until then, and for good if that never comes, parts are judged by the version before; the
+log, a metric and the heartbeat say so. The same holds for a version on trial, canary or shadow. A new product is taken
+by a worker of a pool alone, for the cameras that wait for it. Judges nothing. Owned by `app`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Collection
-from pathlib import Path
 
 import structlog
 
-from pipeline.errors import ConfigError
+from pipeline.errors import CheckError, ConfigError
 from pipeline.inference import InferenceClient
 from pipeline.manifest import Manifest, Manifests, other_pictures, products_in, read_manifest
 from pipeline.metrics import Metrics
 from pipeline.rollouts import Rollout, read_candidate, read_rollout
+from pipeline.servers import Triton
 from pipeline.thresholds import ThresholdCache
 
 LOOK_EVERY_S = 2.0
@@ -37,7 +37,7 @@ class Newcomers:
 
     def __init__(
         self,
-        models_repo: Path,
+        settings: Triton,
         manifests: Manifests,
         inference: InferenceClient,
         thresholds: ThresholdCache,
@@ -46,7 +46,8 @@ class Newcomers:
         graph_products: Collection[str],
         metrics: Metrics,
     ) -> None:
-        self._models_repo = models_repo
+        self._models_repo = settings.models_repo
+        self._signer = settings.signer_file
         self._manifests = manifests
         self._inference = inference
         self._thresholds = thresholds
@@ -97,10 +98,13 @@ class Newcomers:
         current = self._manifests.get(product)
         try:
             manifest = read_manifest(self._models_repo, product)
-        except ConfigError as error:
+            is_new = current is None or manifest.model_sha256 != current.model_sha256
+            if is_new:  # that in force was checked; what is used of this one is what was signed
+                manifest = read_manifest(self._models_repo, product, self._signer)
+        except (CheckError, ConfigError) as error:
             self._refuse(product, str(error))
             return
-        if current is not None and manifest.model_sha256 == current.model_sha256:
+        if not is_new:
             self._settle(product)
         elif fault := self._take(manifest, current):
             self._refuse(product, f"version {manifest.version}: {fault}")
@@ -121,6 +125,7 @@ class Newcomers:
     def _look_at_candidate(self, product: str) -> None:
         """Begin, change or end what is tried of a product; a version that is unfit is looked at again."""
         fault, before, current = "", self._rollouts.get(product), self._manifests[product]
+        rollout = before
         try:
             rollout = read_rollout(self._models_repo, product)
             if rollout is not None and rollout.model_sha256 == current.model_sha256:  # promoted since
@@ -129,13 +134,13 @@ class Newcomers:
                 return
             self._inference.withdraw(product)
             if rollout is not None:
-                manifest = read_candidate(self._models_repo, product, rollout)
+                manifest = read_candidate(self._models_repo, product, rollout, self._signer)
                 if product in self._graph_products:
                     fault = "its cameras have `inference: graph`, which asks for the version in force alone"
                 elif not (fault := self._learn(manifest, current)):
                     self._inference.offer(manifest, rollout)
-        except ConfigError as error:
-            rollout, fault = before, str(error)
+        except (CheckError, ConfigError) as error:
+            fault = str(error)
             self._inference.withdraw(product)
         self._note_candidate(product, rollout, fault)
 

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tritonclient.grpc import model_config_pb2
 
-from pipeline.errors import CheckError
+from pipeline.errors import CheckError, first_fault
 from pipeline.manifest import Manifest, Sha256, ensemble_of
 
 ModelConfig: TypeAlias = Any  # a protobuf message of tritonclient, which has no types
@@ -75,9 +75,7 @@ def parse_release(data: bytes, name: str) -> Release:
     try:
         return Release.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(step) for step in first["loc"])
-        raise CheckError(f"{name}: {place}: {first['msg']}", hint="export the product again") from None
+        raise CheckError(f"{name}: {first_fault(error)}", hint="export the product again") from None
 
 
 def parse_history(text: str, name: str) -> list[Event]:
@@ -85,7 +83,7 @@ def parse_history(text: str, name: str) -> list[Event]:
     try:
         return [Event.model_validate_json(line) for line in text.splitlines()]
     except ValidationError as error:
-        raise CheckError(f"{name}: {error.errors(include_url=False)[0]['msg']}", hint="correct that line") from None
+        raise CheckError(f"{name}: {first_fault(error)}", hint="correct that line") from None
 
 
 def parse_config(text: str, name: str) -> ModelConfig:

@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from pipeline.errors import ConfigError
-from pipeline.manifest import Manifest, Sha256
+from pipeline.errors import ConfigError, first_fault
+from pipeline.manifest import Manifest, Sha256, manifest_at
 
 ROLLOUT = "rollout.json"
 CANDIDATE = "candidate.json"
@@ -53,24 +53,15 @@ def read_rollout(models_repo: Path, product: str) -> Rollout | None:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
-        raise _fault(path, error) from None
+        hint = "start it again with `logicrd models`"
+        raise ConfigError(f"{path}: {first_fault(error)}", hint=hint) from None
 
 
-def read_candidate(models_repo: Path, product: str, rollout: Rollout) -> Manifest:
-    """Read the manifest of the version that is tried. Raises ConfigError, also when it is another one's."""
+def read_candidate(models_repo: Path, product: str, rollout: Rollout, signer: Path | None = None) -> Manifest:
+    """Read the manifest of the version that is tried, as `manifest_at` does. Raises ConfigError, also when it is
+    another one's."""
     path = models_repo / product / CANDIDATE
-    try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except ValidationError as error:
-        raise _fault(path, error) from None
-    if (manifest.product, manifest.model_sha256) != (product, rollout.model_sha256):
+    manifest = manifest_at(path, signer)
+    if manifest.model_sha256 != rollout.model_sha256:
         raise ConfigError(f"{path} is not the manifest of version {rollout.version} of {product!r}")
     return manifest
-
-
-def _fault(path: Path, error: ValidationError) -> ConfigError:
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(step) for step in first["loc"])
-    return ConfigError(f"{path}: {place}: {first['msg']}", hint="start it again with `logicrd models`")

@@ -57,7 +57,8 @@ class Triton(Block):
     """File of the key for Triton's model control, the value of its header `triton-grpc-protocol-logicrd`; only
     `logicrd models` uses it."""
     signer_file: Path | None = None
-    """Public key of Ed25519 in PEM: `logicrd models` takes no version whose manifest it did not sign. Unset: any."""
+    """Public keys of Ed25519, one or several, in a file in PEM: neither `logicrd models` nor a worker takes a version
+    whose manifest none of them signed. Unset: any."""
 
     @field_validator("address")
     @classmethod

@@ -1,7 +1,9 @@
 """Thresholds in Redis: reads, and writes that happen at once or not at all.
 
 Every write is a script that Redis runs as one step: it compares the version, keeps the two-person rule, writes record
-and history, and announces the change. Called by the commands; the line only reads. One client; safe from every thread.
+and history, and announces the change. A product has one record, for the network that is served. A network that is not
+has a record of its own, `<product>:<sha256>`: what was set before its promotion, or before another one's. History and
+versions are the product's. Called by the commands; the line only reads. One client; safe from every thread.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, cast
@@ -17,7 +19,7 @@ from typing import Any, Literal, cast
 import redis
 
 from pipeline.errors import CheckError, ConfigError
-from pipeline.limits import RECORD_FIELDS, Change, check_limits, check_words
+from pipeline.limits import RECORD_FIELDS, Change, check_limits, check_words, of_model
 from pipeline.redis_client import explained, open_client
 from pipeline.servers import Redis as RedisSettings
 
@@ -45,9 +47,30 @@ local function field(key, name)
   return redis.call('HGET', key, name)
 end
 
+-- The record that counts for a network: the later one of the product's, where it is for it, and of its own.
+local function counting(key, sha)
+  local own = key .. ':' .. sha
+  local is_own = field(own, 'model_sha256') == sha
+  if field(key, 'model_sha256') ~= sha then return is_own and own or key end
+  return is_own and whole(field(own, 'version')) > whole(field(key, 'version')) and own or key
+end
+
+-- Limits of a network that is served no longer become its own record: they hold again after a rollback.
+local function keep(key, sha)
+  local held = field(key, 'model_sha256')
+  if not held or held == sha or #held ~= 64 or not string.match(held, '^[0-9a-f]+$') then return end
+  local own = key .. ':' .. held
+  if counting(key, held) == own then return end
+  redis.call('DEL', own)
+  for _, name in ipairs(asked.fields) do
+    local value = redis.call('HGET', key, name)
+    if value then redis.call('HSET', own, name, value) end
+  end
+end
+
 -- The number of the next version is above all that were ever given, also when the record was lost or written by hand.
-local function next_version(key, floor)
-  local last = math.max(whole(field(key, 'version')), whole(floor))
+local function next_version(key, sha, floor)
+  local last = math.max(whole(field(key, 'version')), whole(field(counting(key, sha), 'version')), whole(floor))
   for _, entry in ipairs(redis.call('XREVRANGE', key .. ':history', '+', '-', 'COUNT', 50)) do
     for i = 1, #entry[2], 2 do
       if entry[2][i] == 'version' then last = math.max(last, whole(entry[2][i + 1])) end
@@ -65,14 +88,18 @@ local function has_sound_history(key)
   return kind == 'stream' or kind == 'none'
 end
 
-local function put(key, product, floor, fields)
-  local version = next_version(key, floor)
+local function record_of(key, sha, beside) return beside and key .. ':' .. sha or key end
+
+local function put(key, change, fields)
+  local record = record_of(key, change.model_sha256, change.beside)
+  local version = next_version(key, change.model_sha256, change.floor)
   fields[#fields + 1] = 'version'
   fields[#fields + 1] = version
   note(key, fields)
-  redis.call('DEL', key, key .. ':proposal')
-  redis.call('HSET', key, unpack(fields))
-  redis.call('PUBLISH', asked.channel, product)
+  if record == key then keep(key, change.model_sha256) end
+  redis.call('DEL', record, record .. ':proposal')
+  redis.call('HSET', record, unpack(fields))
+  redis.call('PUBLISH', asked.channel, change.product)
   return version
 end
 """
@@ -81,7 +108,7 @@ end
 # the right to write every key that is named here, and an engineer may only read that one.
 _WRITE = """
 for i, change in ipairs(asked.changes) do
-  local held = field(KEYS[i], 'version') or '0'
+  local held = field(counting(KEYS[i], change.model_sha256), 'version') or '0'
   if change.expected and change.expected ~= held then return {'version', change.product, held} end
   if not has_sound_history(KEYS[i]) then return {'history', KEYS[i] .. ':history'} end
 end
@@ -94,14 +121,16 @@ for i, change in ipairs(asked.changes) do
                   'model_sha256', change.model_sha256, 'updated_at', asked.at, 'updated_by', asked.author,
                   'updated_as', asked.user, 'reason', change.reason}
   if alone then
-    answer[i + 1] = put(key, change.product, change.floor, fields)
+    answer[i + 1] = put(key, change, fields)
   else
+    local found = record_of(key, change.model_sha256, change.beside) .. ':proposal'
+    local base = field(counting(key, change.model_sha256), 'version') or '0'
     local lasts_s = whole(field(asked.policy, 'expiry_s'))
     if lasts_s < 60 then lasts_s = 28800 end
-    local told = {'id', change.id, 'base', field(key, 'version') or '0', unpack(fields)}
-    redis.call('DEL', key .. ':proposal')
-    redis.call('HSET', key .. ':proposal', 'person', asked.person, 'floor', change.floor, unpack(told))
-    redis.call('EXPIRE', key .. ':proposal', lasts_s)
+    local told = {'id', change.id, 'base', base, unpack(fields)}
+    redis.call('DEL', found)
+    redis.call('HSET', found, 'person', asked.person, 'floor', change.floor, unpack(told))
+    redis.call('EXPIRE', found, lasts_s)
     told[6] = 'proposed'  -- what happened, where the proposal itself keeps what is asked for
     note(key, told)
     answer[i + 1] = change.id
@@ -110,10 +139,12 @@ end
 return answer
 """
 
-# KEYS: the record. Whoever has proposed something cannot approve it.
+# KEYS: the product's record. Whoever has proposed something cannot approve it. What was proposed for a network that was
+# not served waits at its own record.
 _SETTLE = """
 local key = KEYS[1]
 local found = key .. ':proposal'
+if field(found, 'id') ~= asked.id then found = key .. ':' .. asked.model_sha256 .. ':proposal' end
 if field(found, 'id') ~= asked.id then return {'none'} end
 if not has_sound_history(key) then return {'history', key .. ':history'} end
 local who = {'updated_at', asked.at, 'updated_by', asked.author, 'updated_as', asked.user, 'reason', asked.reason}
@@ -128,15 +159,17 @@ local kind = redis.call('TYPE', asked.policy).ok
 if kind ~= 'none' and field(asked.policy, 'people') ~= 'authors' and get('updated_as') == asked.user then
   return {'same', 'the user ' .. asked.user .. ' of Redis'}
 end
-local held = field(key, 'version') or '0'
-if held ~= get('base') then return {'version', held, get('base')} end
 if get('model_sha256') ~= asked.model_sha256 then return {'model'} end
+local held = field(counting(key, asked.model_sha256), 'version') or '0'
+if held ~= get('base') then return {'version', held, get('base')} end
 local fields = {'approved_by', asked.author, 'approved_as', asked.user, 'updated_at', asked.at}
 for _, name in ipairs({'action', 'ng', 'review', 'model_sha256', 'updated_by', 'updated_as', 'reason'}) do
   fields[#fields + 1] = name
   fields[#fields + 1] = get(name)
 end
-return {'set', put(key, asked.product, get('floor'), fields)}
+asked.floor = get('floor')
+redis.call('DEL', found)
+return {'set', put(key, asked, fields)}
 """
 
 
@@ -177,9 +210,30 @@ class ThresholdStore:
         """
         return self._hash(KEY + product, fields)
 
-    def proposal(self, product: str) -> dict[str, str]:
-        """Give what waits for approval, with `expires_at`; empty when nothing does. Raises ConfigError as `get`."""
-        key = f"{KEY}{product}:proposal"
+    def of_model(self, product: str, model_sha256: str, fields: Sequence[str] = RECORD_FIELDS) -> Mapping[str, str]:
+        """Give these fields of the record that counts for a network, see `limits.of_model`.
+
+        Raises ConfigError as `get`, where no other record counts.
+        """
+        faults = []
+        # In this order: a record that is kept for a rollback meanwhile is found in one place at least.
+        found: list[dict[str, str]] = [{}, {}]
+        for i, key in enumerate((product, f"{product}:{model_sha256}")):
+            try:
+                found[i] = self.get(key, fields)
+            except ConfigError as error:
+                faults.append(error)
+        record = of_model(found[0], found[1], model_sha256)
+        if faults and record.get("model_sha256") != model_sha256:
+            raise faults[0]
+        return record
+
+    def proposal(self, product: str, model_sha256: str = "") -> dict[str, str]:
+        """Give what waits for approval, with `expires_at`; empty when nothing does.
+
+        With `model_sha256` what waits for a network that was not served. Raises ConfigError as `get`.
+        """
+        key = f"{KEY}{product}:{model_sha256}:proposal" if model_sha256 else f"{KEY}{product}:proposal"
         found = self._hash(key, PROPOSAL_FIELDS)
         with self._reachable():
             left_s = self.client.ttl(key) if found else 0
@@ -228,13 +282,15 @@ class ThresholdStore:
             return [Written(product, proposal=answer) for product, answer in pairs]
         return [Written(product, version=int(answer)) for product, answer in pairs]
 
-    def approve(self, product: str, proposal: str, *, author: str, model_sha256: str) -> int:
-        """Put a proposal of somebody else in force; gives the version.
+    def approve(self, product: str, proposal: str, *, author: str, model_sha256: str, beside: bool = False) -> int:
+        """Put a proposal of somebody else in force; gives the version. `beside` as in `Change`.
 
         Raises CheckError when there is no such proposal (any more), when it is the author's own, or when the limits in
         force or the model have changed since.
         """
-        kind, *told = self._settle(product, proposal, author, action="approved", model_sha256=model_sha256)
+        kind, *told = self._settle(
+            product, proposal, author, action="approved", model_sha256=model_sha256, beside=beside
+        )
         if kind == "set":
             return int(told[0])
         refusals = {
@@ -244,9 +300,9 @@ class ThresholdStore:
         }
         raise CheckError(f"proposal {proposal} of {product!r}: {refusals[kind]}", hint="`logicrd thresholds proposals`")
 
-    def withdraw(self, product: str, proposal: str, *, author: str, reason: str = "") -> None:
+    def withdraw(self, product: str, proposal: str, *, author: str, model_sha256: str, reason: str = "") -> None:
         """Take a proposal back, one's own or another's. Raises CheckError when there is none of that id."""
-        self._settle(product, proposal, author, action="withdrawn", reason=reason)
+        self._settle(product, proposal, author, action="withdrawn", model_sha256=model_sha256, reason=reason)
 
     def policy(self) -> Policy:
         """Give the rule in force; one that makes no sense demands two people."""
@@ -275,9 +331,11 @@ class ThresholdStore:
             steps.xadd(f"{POLICY_KEY}:history", cast("Any", fields), maxlen=HISTORY_LENGTH)
             steps.execute()
 
-    def _settle(self, product: str, proposal: str, author: str, *, action: str, **told: str) -> list[str]:
-        asked = {"product": product, "id": proposal, "reason": "", **told}
-        check_words(author, asked["reason"])
+    def _settle(
+        self, product: str, proposal: str, author: str, *, action: str, reason: str = "", **told: str | bool
+    ) -> list[str]:
+        asked = {"product": product, "id": proposal, "reason": reason, **told}
+        check_words(author, reason)
         answer = self._run(_SETTLE, [KEY + product], author, action=action, **asked)
         if answer[0] == "none":
             raise CheckError(
@@ -291,6 +349,7 @@ class ThresholdStore:
             "author": author,
             "person": " ".join(author.split()).casefold(),
             "user": self._user,
+            "fields": RECORD_FIELDS,
             "history": HISTORY_LENGTH,
             "channel": CHANNEL,
             "policy": POLICY_KEY,

@@ -160,11 +160,8 @@ class ThresholdCache:
         return self._beside | {_version(manifest): manifest for manifest in self._manifests.values()}
 
     def _read(self) -> None:
-        followed = self._followed()
-        records = {product: self._record(product) for product in {product for product, _ in followed}}
         current = {
-            version: self._judge(manifest, _reading(records[manifest.product], manifest))
-            for version, manifest in followed.items()
+            version: self._judge(manifest, self._ask(manifest)) for version, manifest in self._followed().items()
         }
         self._read_s = time.monotonic()
         if not self._fresh:
@@ -178,12 +175,12 @@ class ThresholdCache:
             self._current = current
         self._save_snapshot()
 
-    def _record(self, product: str) -> dict[str, str] | ConfigError:
-        """Ask Redis once for all versions of a product."""
+    def _ask(self, manifest: Manifest) -> Reading:
+        """Ask Redis for the limits of a version: those that were set for its network, also before it was promoted."""
         try:
-            return self._store.get(product, LINE_FIELDS)
+            return read(self._store.of_model(manifest.product, manifest.model_sha256, LINE_FIELDS), manifest)
         except ConfigError as error:
-            return error
+            return Reading(None, "invalid", str(error))
 
     def _judge(self, manifest: Manifest, reading: Reading) -> Threshold:
         """Turn what Redis holds into the limits in force.
@@ -198,7 +195,7 @@ class ThresholdCache:
             fault, why = "older_version", f"Redis has version {found.version} again, set before the one in force"
         elif found is not None:
             self._known[version] = found
-        elif fault == "absent" and known is not None:
+        elif known is not None and (fault == "absent" or (fault == "other_model" and reading.version < known.version)):
             fault, why = "older_version", "Redis has lost it"
         if self._manifests.get(manifest.product) is manifest:  # the record is meant for the version in force
             self._tell(manifest, "" if fault == "absent" else fault, why)
@@ -257,11 +254,6 @@ class ThresholdCache:
             self._saved = stored
         except OSError as error:
             log.error("threshold snapshot not written", path=str(path), error=str(error))
-
-
-def _reading(record: dict[str, str] | ConfigError, manifest: Manifest) -> Reading:
-    """Take a product's record for the limits of one of its versions."""
-    return Reading(None, "invalid", str(record)) if isinstance(record, ConfigError) else read(record, manifest)
 
 
 def _version(manifest: Manifest) -> _Version:

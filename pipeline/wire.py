@@ -14,6 +14,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, V
 from pydantic.alias_generators import to_camel
 
 from pipeline.cameras import Camera, PoolMember
+from pipeline.errors import first_fault
 
 JudgementName = Literal["OK", "NG", "REVIEW", "UNINSPECTED"]
 
@@ -290,8 +291,7 @@ def decode_trigger(value: bytes | None, headers: dict[str, bytes | None]) -> Tri
     try:
         return TriggerData.model_validate(document)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise ValueError(f"{'.'.join(str(step) for step in first['loc']) or 'data'}: {first['msg']}") from None
+        raise ValueError(first_fault(error, "data")) from None
 
 
 def schemas() -> dict[str, dict[str, Any]]:

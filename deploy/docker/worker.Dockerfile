@@ -31,9 +31,10 @@ RUN tools/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir whe
  && python3 slim.py venv/lib/python3.11/site-packages
 
 FROM ${BASE} AS base
-# Python 3.11 is Debian's own. LAPACK is OpenCV's (slim.py); the two lines behind it see that every library is found.
+# Python 3.11 is Debian's own, openssl is for signatures of models, LAPACK is OpenCV's (slim.py). The two lines behind it
+# see that every library is found.
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends ca-certificates python3 liblapack3 \
+ && apt-get install --yes --no-install-recommends ca-certificates openssl python3 liblapack3 \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --system --uid 10001 --home-dir /var/lib/logicrd --create-home logicrd
 COPY --from=build /opt/logicrd/venv /opt/logicrd/venv

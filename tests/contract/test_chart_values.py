@@ -57,8 +57,9 @@ def test_every_file_that_a_line_file_names_is_mounted(values):
         volumes = {each["name"]: each for each in spec["volumes"]}
         there = {"/models", "/var/lib/logicrd"}
         for volume, mount in mounts.items():
-            for item in volumes.get(volume, {}).get("secret", {}).get("items", []):
-                there.add(f"{mount['mountPath']}/{item['path']}")
+            for kind in ("secret", "configMap"):
+                for item in volumes.get(volume, {}).get(kind, {}).get("items", []):
+                    there.add(f"{mount['mountPath']}/{item['path']}")
             if "secret" in volumes.get(volume, {}):
                 there.add(mount["mountPath"])
         line = yaml.safe_load(one(manifests, "ConfigMap", volumes["line"]["configMap"]["name"])["data"]["line.yaml"])
@@ -172,6 +173,7 @@ def test_large_numbers_stay_numbers():
             "PLAIN sends the password as it is",
         ),
         ("kafka: {sasl: {username: u}}", "username and existingSecret go together"),
+        ("triton: {signer: {configMap: a, existingSecret: b}}", "the public keys are in one of them"),
         # What cannot work.
         ("pools: [{name: a, shared: false, replicas: 2, cameras: [{id: c, type: usb, product: p, device: /dev/a}]}]",
          "is not shared and has 2 replicas"),

@@ -25,6 +25,7 @@ import pytest
 import redis
 from exported import PRODUCT, export, graph, heavier, shipped
 from line_process import LineProcess, received, wait_until
+from signers import make_keys
 
 from pipeline.errors import CheckError, ConfigError, DependencyError
 from pipeline.health import Health
@@ -35,6 +36,7 @@ from pipeline.model_control import ModelControl
 from pipeline.model_repository import ModelRepository
 from pipeline.promotion import promote, rollback, stop_trial, try_beside
 from pipeline.servers import Triton
+from pipeline.signatures import sign
 from pipeline.types import Batch, Frame, Inference
 
 pytestmark = pytest.mark.stack
@@ -49,12 +51,13 @@ PICTURE = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """Two servers of the product with a key, and a store beside what they serve."""
     folder = tmp_path_factory.mktemp("models")
-    export(folder / "served", NOW, lambda _, content: content)
+    private, signer = make_keys(folder, "signer")
+    sign(export(folder / "served", NOW, lambda _, content: content) / "manifest.json", private)
     (folder / "key").write_text("sesame\n")
     addresses = [start(folder, name) for name in ("first", "second")]
     settings = Triton(address=addresses, models_repo=folder / "served", control_key_file=folder / "key")
     repository = ModelRepository(folder / "served", folder / "store")
-    yield SimpleNamespace(folder=folder, settings=settings, repository=repository)
+    yield SimpleNamespace(folder=folder, settings=settings, repository=repository, private=private, signer=signer)
     for name in ("first", "second"):
         stop(folder, name)
 
@@ -124,6 +127,13 @@ def change(place: SimpleNamespace, what: Any, *arguments: Any) -> None:
         what(place.repository, control, PRODUCT, *arguments, by="anna", reason="test")
 
 
+def triton_of(place: SimpleNamespace) -> dict[str, Any]:
+    """Triton in the line file of a worker that takes what is signed alone."""
+    addresses, models = place.settings.address, place.settings.models_repo
+    folders = {"models_repo": str(models), "model_store": str(place.folder / "store")}
+    return {"address": addresses, **folders, "signer_file": str(place.signer)}
+
+
 def push(place: SimpleNamespace, folder: Path) -> None:
     with place.repository.locked():
         place.repository.push(folder)
@@ -173,30 +183,37 @@ def test_a_version_is_served_and_taken_back(place: SimpleNamespace) -> None:
 def test_a_running_line_takes_over_what_is_promoted(
     place: SimpleNamespace, stack: Any, line_file: Any, tmp_path: Path
 ) -> None:
-    """No part is lost or UNINSPECTED while versions come and go: each verdict names the version that judged it and the
-    limits that were set for it. A manifest that nobody serves is refused once, and costs nothing."""
-    made = line_file(stack, triton={"address": place.settings.address, "models_repo": str(place.settings.models_repo)})
+    """No part is lost or UNINSPECTED while versions come and go: each verdict names the version that judged it, and
+    meets its limits, which for the next one were set before its promotion. A version that the line's signer did not
+    sign gets no part although every replica serves it; a manifest that nobody serves is refused. Both cost nothing."""
+    made = line_file(stack, triton=triton_of(place))
     made.camera(type="folder", path=str(pictures(tmp_path)), product=PRODUCT, rate=4, loop=True)
     path = made.write()
-    command = [sys.executable, "-m", "pipeline.cli", "thresholds", "set", PRODUCT, "--ng", "1e9", "-c", str(path)]
-    subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL)
     manifest = place.settings.models_repo / PRODUCT / "manifest.json"
     if NEXT not in place.repository.pushed(PRODUCT):
         push(place, heavier(place.folder / "export", NEXT))
+    for limits in (["--ng", "1e9"], ["--ng", "2e9", "--model-version", str(NEXT)]):
+        command = [sys.executable, "-m", "pipeline.cli", "thresholds", "set", PRODUCT, *limits, "-c", str(path)]
+        subprocess.run(command, check=True, timeout=60, stdout=subprocess.DEVNULL)
 
     def judged(version: int, times: int) -> bool:
         """Whether the versions changed so often, and the last verdict is of this one."""
         versions = runs(made.name)
         return len(versions) == times and versions[-1][0] == str(version)
 
-    def runs(name: str) -> list[tuple[str, str]]:
-        events = received(stack.endpoints["kafka"], name).events
-        seen = [(data["model"]["version"], data["threshold"]["source"]) for data in (each["data"] for each in events)]
-        return [one for one, _ in itertools.groupby(seen)]
+    def runs(name: str) -> list[tuple[str, str, float]]:
+        parts = [event["data"] for event in received(stack.endpoints["kafka"], name).events]
+        met = [(part["model"]["version"], part["threshold"]["source"], part["threshold"]["ng"]) for part in parts]
+        return [one for one, _ in itertools.groupby(met)]
 
     with LineProcess(path) as line:
         wait_until(lambda: judged(NOW, 1), 60, "verdicts of the first version")
         change(place, promote, NEXT)
+        wait_until(lambda: "not signed by a key of" in line.log(), 60, "the next one to be refused")
+        count = len(received(stack.endpoints["kafka"], made.name).events)
+        wait_until(lambda: len(received(stack.endpoints["kafka"], made.name).events) > count + 8, 60, "more verdicts")
+        assert judged(NOW, 1)
+        sign(manifest, place.private)
         wait_until(lambda: line.log().count('"new version"') == 1, 60, "the next one to be taken")
         wait_until(lambda: judged(NEXT, 2), 60, "verdicts of the next one")
         change(place, rollback)
@@ -204,24 +221,29 @@ def test_a_running_line_takes_over_what_is_promoted(
         wait_until(lambda: judged(NOW, 3), 60, "verdicts of the first one again")
         good = manifest.read_bytes()
         manifest.write_text(json.dumps(json.loads(good) | {"version": 99, "model_sha256": "0" * 64}))
-        wait_until(lambda: "new version not judged with" in line.log(), 60, "the refusal")
+        sign(manifest, place.private)
+        wait_until(lambda: line.log().count("new version not judged with") == 2, 60, "the refusal")
         count = len(received(stack.endpoints["kafka"], made.name).events)
         wait_until(lambda: len(received(stack.endpoints["kafka"], made.name).events) > count + 8, 60, "more verdicts")
         manifest.write_bytes(good)
+        sign(manifest, place.private)
         summary = line.stop()
-        assert line.log().count("new version not judged with") == 1
-    redis.Redis.from_url(stack.endpoints["redis"]).delete(f"logicrd:threshold:{PRODUCT}")
+        assert line.log().count("new version not judged with") == 2
+    with redis.Redis.from_url(stack.endpoints["redis"]) as admin:
+        admin.delete(*admin.scan_iter(f"logicrd:threshold:{PRODUCT}*"))
     verdicts = received(stack.endpoints["kafka"], made.name, at_least=summary["triggered"])
     assert verdicts.causes == {}
     assert verdicts.in_order()
     assert verdicts.duplicates == 0
-    assert runs(made.name) == [(str(NOW), "redis"), (str(NEXT), "manifest"), (str(NOW), "redis")]
+    now, following = (str(NOW), "redis", 1e9), (str(NEXT), "redis", 2e9)
+    assert runs(made.name) == [now, following, now]
 
 
 def test_a_running_line_tries_a_version(place: SimpleNamespace, stack: Any, line_file: Any, tmp_path: Path) -> None:
     """As canary it judges the parts whose ids say so and no others, until it fails, from where the version in force
-    judges them all; as shadow it is counted and gives no verdict. No part is lost or UNINSPECTED meanwhile."""
-    made = line_file(stack, triton={"address": place.settings.address, "models_repo": str(place.settings.models_repo)})
+    judges them all; as shadow it is counted and gives no verdict. No part is lost or UNINSPECTED meanwhile; unsigned it
+    is neither, as the heartbeat says."""
+    made = line_file(stack, triton=triton_of(place))
     made.settings |= {"monitoring": {"heartbeat_s": 1.0}}
     made.camera(type="folder", path=str(pictures(tmp_path)), product=PRODUCT, rate=4, loop=True)
     path = made.write()
@@ -240,6 +262,10 @@ def test_a_running_line_tries_a_version(place: SimpleNamespace, stack: Any, line
 
     with LineProcess(path) as line:
         wait_until(lambda: judged_by(NOW), 60, "verdicts")
+        change(place, partial(try_beside, mode="canary", percent=50.0), NEXT)
+        wait_until(lambda: "signed" in str(figures()["workers"]), 60, "the canary to be refused")
+        assert judged_by(NEXT) == {}
+        sign(place.repository.tree(PRODUCT, NEXT) / "manifest.json", place.private)
         change(place, partial(try_beside, mode="canary", percent=50.0), NEXT)
         rollout = place.repository.rollout(PRODUCT)
         wait_until(lambda: '"version on trial"' in line.log(), 60, "the canary to begin")

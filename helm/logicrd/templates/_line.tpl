@@ -55,6 +55,9 @@
 {{- if $triton.tls.enabled -}}
 {{- $_ := set $block "tls" (dict "ca_file" "triton/ca/ca.crt") -}}
 {{- end -}}
+{{- if or $triton.signer.configMap $triton.signer.existingSecret -}}
+{{- $_ := set $block "signer_file" "triton/signer/signer.pem" -}}
+{{- end -}}
 {{- toJson $block -}}
 {{- end -}}
 
@@ -103,7 +106,7 @@
 {{- toYaml $file -}}
 {{- end -}}
 
-{{/* Secrets that the line file names, as (list {name, folder, secret, items}). Takes (list $ pool). */}}
+{{/* What the line file names files of, as (list {folder, secret or configMap, items}). Takes (list $ pool). */}}
 {{- define "logicrd.lineSecrets" -}}
 {{- $root := index . 0 -}}
 {{- $pool := include "logicrd.pool" (index . 1) | fromJson -}}
@@ -114,6 +117,11 @@
 {{- end -}}
 {{- if $values.triton.tls.enabled -}}
 {{- $found = append $found (dict "folder" "triton/ca" "secret" $values.triton.tls.existingSecret "items" (dict "ca.crt" "ca.crt")) -}}
+{{- end -}}
+{{- with $values.triton.signer -}}
+{{- $keys := dict "folder" "triton/signer" "items" (dict .key "signer.pem") -}}
+{{- if .configMap -}}{{- $found = append $found (set $keys "configMap" .configMap) -}}{{- end -}}
+{{- if .existingSecret -}}{{- $found = append $found (set $keys "secret" .existingSecret) -}}{{- end -}}
 {{- end -}}
 {{- if $values.strimzi.enabled -}}
 {{- $name := include "logicrd.strimziName" $root -}}
@@ -155,8 +163,13 @@
   emptyDir: {sizeLimit: 1Gi}
 {{- range $i, $each := include "logicrd.lineSecrets" . | fromJsonArray }}
 - name: secret-{{ $i }}
+  {{- with $each.configMap }}
+  configMap:
+    name: {{ . }}
+  {{- else }}
   secret:
     secretName: {{ $each.secret }}
+  {{- end }}
     defaultMode: 0440
     {{- with $each.items }}
     items:

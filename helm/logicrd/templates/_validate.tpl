@@ -115,6 +115,9 @@ Values that the schema cannot judge: each wrong one ends the render with a sente
 {{- if and $triton.tls.enabled (not $triton.tls.existingSecret) -}}
 {{- fail "triton.tls.existingSecret is empty: name the secret with Triton's certificate, or send pictures in plain text by triton.tls.enabled=false" -}}
 {{- end -}}
+{{- if and $triton.signer.configMap $triton.signer.existingSecret -}}
+{{- fail "triton.signer names a ConfigMap and a Secret: the public keys are in one of them" -}}
+{{- end -}}
 {{- if eq (toString .Values.config.kafka.required_at_start) "false" -}}
 {{- range .Values.pools -}}
 {{- $pool := include "logicrd.pool" . | fromJson -}}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +24,11 @@ import yaml
 from hypothesis import settings
 from parts_bench import Bench
 
+from pipeline.health import Health
+from pipeline.inference import InferenceClient
 from pipeline.manifest import Manifest
+from pipeline.metrics import Metrics
+from pipeline.servers import Triton as TritonSettings
 from pipeline.stations import Station
 from pipeline.types import (
     Frame,
@@ -205,3 +210,22 @@ def line_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MiB of its own, in memory."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.fixture
+def client(make_manifest: Callable[..., Manifest]) -> Iterator[InferenceClient]:
+    """A client of a server that refuses every connection."""
+    settings = TritonSettings(address="127.0.0.1:9", startup_timeout_s=0.01)
+    client = InferenceClient(settings, {"tray": make_manifest()}, metrics=Metrics(), health=Health())
+    yield client
+    client.close()

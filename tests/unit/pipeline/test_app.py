@@ -13,6 +13,8 @@ from pipeline.app import Line, stored_inspections
 from pipeline.cameras import FolderCamera
 from pipeline.events import Encoder, Place, inspection_id, packed
 from pipeline.journal import Journal
+from pipeline.triggers import TriggerReader
+from pipeline.types import Trigger
 
 
 @pytest.fixture
@@ -106,3 +108,22 @@ def test_what_an_earlier_run_left_in_the_outbox_is_known_by_its_inspection(tmp_p
     journal.close()
     part = PARTS["ok"].part
     assert stored_inspections(tmp_path) == {inspection_id("/s/a/l", part.station, part.part_id, part.camera_id)}
+
+
+def test_a_trigger_whose_verdict_waits_in_the_outbox_opens_no_part(line_file, models_repo, monkeypatch):
+    """Read again after a crash it is done with at once; one whose measurement is another opens its part."""
+    stations = [{"name": "s1", "trigger": "message"}]
+    cameras = [{"id": "c1", "type": "folder", "product": "tray", "path": "p", "station": "s1"}]
+    keys = {"cameras": cameras, "stations": stations, "triton": {"models_repo": str(models_repo)}}
+    settled = []
+    monkeypatch.setattr(TriggerReader, "settled", lambda _, receipt: settled.append(receipt))
+    line = Line(config.load(line_file(**keys)))
+    told, new = (
+        Trigger("s1", "p-1", measurement, None, None, AT, time.monotonic(), receipt=(0, number))
+        for number, measurement in enumerate(("m1", "m2"))
+    )
+    monkeypatch.setattr(line, "_told", {inspection_id("/site/area/l1", "s1", "p-1", None, "m1")})
+    line._triggered(told)
+    assert (settled, line.snapshot().triggered) == ([(0, 0)], 0)
+    line._triggered(new)
+    assert (settled, line.snapshot().triggered) == ([(0, 0)], 1)

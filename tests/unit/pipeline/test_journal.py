@@ -191,16 +191,6 @@ def test_what_is_stored_can_be_read_while_it_is_written(opened, tmp_path):
     assert payloads(journal.read(9)) == [b"a", b"b", b"c"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 1 MiB of its own."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 def test_a_full_disk_takes_nothing_by_halves_and_empties_itself(small_disk):
     """What was refused is not there, what was stored is; acknowledging needs no room, and makes some."""
     journal = Journal(small_disk, segment_bytes=256 * 1024)

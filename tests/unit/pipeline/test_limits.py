@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline import limits
 from pipeline.errors import CheckError, ConfigError
-from pipeline.limits import Change, parse, plan, to_document, to_roll_back_to
+from pipeline.limits import Change, of_model, parse, plan, to_document, to_roll_back_to
 
 SHA, OTHER_SHA = "ab" * 32, "cd" * 32
 EARLY, LATE = "2026-11-20T10:00:00.000+00:00", "2026-11-21T10:00:00.000+00:00"
@@ -63,6 +63,27 @@ def test_a_rollback_finds_the_version_before(make_manifest):
             find(current, version)
     with pytest.raises(ConfigError, match="another model"):
         to_roll_back_to([record("9"), record("8", sha=OTHER_SHA)], "9", None, make_manifest())
+    between = [record("9"), record("8", sha=OTHER_SHA), record("7", "7.0")]
+    assert to_roll_back_to(between, "9", None, make_manifest()).ng == 7.0
+
+
+@pytest.mark.parametrize(
+    ("products", "own", "counts"),
+    [
+        (record("3"), {}, "products"),
+        (record("3"), record("5"), "own"),
+        (record("7"), record("5"), "products"),
+        (record("7", sha=OTHER_SHA), record("5"), "own"),
+        (record("7", sha=OTHER_SHA), {}, "products"),
+        ({}, record("5"), "own"),
+        ({}, {}, "products"),
+        (record("-3"), record("5"), "own"),
+        (record("3"), record("5", sha=OTHER_SHA), "products"),
+    ],
+)
+def test_the_later_record_of_a_network_counts(products, own, counts):
+    """Limits that were set before a promotion hold until others are set; those of another network never do."""
+    assert of_model(products, own, SHA) is (own if counts == "own" else products)
 
 
 words = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=20)

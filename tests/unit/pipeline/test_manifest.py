@@ -1,11 +1,15 @@
 """The manifest beside a model: what of it the line believes."""
 
+import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
+from signers import make_keys
 
 from pipeline.errors import ConfigError
 from pipeline.manifest import read_manifest
+from pipeline.signatures import sign
 from pipeline.types import ThresholdSource
 
 
@@ -90,4 +94,55 @@ def test_a_manifest_in_the_wrong_folder_is_refused(models_repo, manifest_documen
 def test_a_newer_exporter_may_say_more(models_repo, manifest_document):
     """Keys that the line does not know are no fault."""
     (models_repo / "tray" / "manifest.json").write_text(json.dumps(manifest_document(novelty={"a": 1})))
+    assert read_manifest(models_repo, "tray").product == "tray"
+
+
+@pytest.fixture
+def signed(models_repo, manifest_document, tmp_path):
+    """A manifest of one weight file, signed by `mine`, whose public half is the second of two in `signer`."""
+    weights = models_repo / "tray.map/1/model.onnx"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"graph")
+    files = {"tray.map/1/model.onnx": hashlib.sha256(b"graph").hexdigest(), "tray.map/config.pbtxt": "0" * 64}
+    manifest = models_repo / "tray/manifest.json"
+    manifest.write_text(json.dumps(manifest_document(files=files)))
+    (mine, public), (other, others) = (make_keys(tmp_path, name) for name in ("mine", "other"))
+    signer = tmp_path / "signer.pem"
+    signer.write_text("the one of before:\n" + make_keys(tmp_path, "old")[1].read_text() + public.read_text())
+    sign(manifest, mine)
+    return SimpleNamespace(manifest=manifest, weights=weights, other=other, others=others, signer=signer)
+
+
+def test_a_signed_manifest_is_read_by_any_key_of_the_file(models_repo, signed):
+    """A key may be renewed: old and new stand in one file. Configurations may be tuned, and weights that a worker does
+    not have are not asked for."""
+    assert read_manifest(models_repo, "tray", signed.signer).product == "tray"
+    (signed.weights.parents[1] / "config.pbtxt").write_text("tuned")
+    signed.weights.unlink()
+    assert read_manifest(models_repo, "tray", signed.signer).product == "tray"
+
+
+@pytest.mark.parametrize("what", ["unsigned", "other key", "changed", "weights", "no key", "no file"])
+def test_what_the_signer_did_not_sign_is_not_read(models_repo, signed, what):
+    """No signature, another's, a manifest or weights changed after it, and a file without a key: each is named."""
+    signature = signed.manifest.with_name("manifest.json.sig")
+    words, signer = "not signed by a key of", signed.signer
+    if what == "unsigned":
+        signature.unlink()
+        words = "not signed, and `triton.signer_file` asks"
+    elif what == "other key":
+        sign(signed.manifest, signed.other)
+    elif what == "changed":
+        signed.manifest.write_bytes(signed.manifest.read_bytes() + b" ")
+    elif what == "weights":
+        signed.weights.write_bytes(b"another graph")
+        words = r"not its files: tray\.map/1/model\.onnx"
+    elif what == "no key":
+        signer = signed.other
+        words = "no public key in PEM"
+    else:
+        signer = models_repo / "nowhere"
+        words = "nowhere: No such file"
+    with pytest.raises(ConfigError, match=words):
+        read_manifest(models_repo, "tray", signer)
     assert read_manifest(models_repo, "tray").product == "tray"

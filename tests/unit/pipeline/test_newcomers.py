@@ -5,10 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import structlog
+from signers import make_keys
 
 from pipeline.manifest import Manifests, read_manifest
 from pipeline.metrics import Metrics
 from pipeline.newcomers import Newcomers
+from pipeline.servers import Triton
+from pipeline.signatures import sign
 from pipeline.types import Model
 
 NEXT = {"version": 2, "model_sha256": "cd" * 32}
@@ -61,12 +64,18 @@ def graphs():
 
 
 @pytest.fixture
-def line(models_repo, servers, graphs):
+def signer():
+    """The file of public keys of the line: none."""
+
+
+@pytest.fixture
+def line(models_repo, servers, graphs, signer):
     """A line of a pool that knows `tray` of a repository with `cable-set` besides."""
     manifests = Manifests({"tray": read_manifest(models_repo, "tray")})
     metrics = Metrics()
+    settings = Triton(models_repo=models_repo, signer_file=signer)
     about = {"new_products": True, "graph_products": graphs, "metrics": metrics}
-    newcomers = Newcomers(models_repo, manifests, servers, servers, **about)
+    newcomers = Newcomers(settings, manifests, servers, servers, **about)
     return SimpleNamespace(manifests=manifests, look=newcomers.look, newcomers=newcomers, metrics=metrics)
 
 
@@ -118,8 +127,9 @@ def test_what_is_wrong_with_a_product_is_said_once(line, servers, models_repo):
 def test_without_a_pool_no_product_is_added(models_repo, servers):
     """The cameras of a line file are fixed: a product that none of them shows is left alone."""
     manifests = Manifests({"tray": read_manifest(models_repo, "tray")})
+    settings = Triton(models_repo=models_repo)
     about = {"new_products": False, "graph_products": [], "metrics": Metrics()}
-    Newcomers(models_repo, manifests, servers, servers, **about).look()
+    Newcomers(settings, manifests, servers, servers, **about).look()
     assert (list(manifests), servers.did) == (["tray"], [])
 
 
@@ -217,8 +227,7 @@ def test_a_version_that_is_unfit_is_not_tried(trial, line, servers, try_version,
         assert "offer" not in {word for word, *_ in trial()}
         trial()
     assert [each["event"] for each in said] == ["version on trial not tried"]
-    if fault != "manifest":
-        assert line.newcomers.candidate("tray")[1] != ""
+    assert line.newcomers.candidate("tray")[1] != ""
     servers.fault, servers.is_known = "", True
     try_version()
     assert trial()[-1] == ("offer", "tray", 10)
@@ -244,3 +253,45 @@ def test_a_canary_that_is_promoted_is_no_trial_any_more(trial, line, try_version
     assert line.newcomers.candidate("tray") is None
     assert line.manifests["tray"].version == 2
     assert trial() == []
+
+
+class TestSigned:
+    """A line whose file names a signer."""
+
+    @pytest.fixture
+    def keys(self, tmp_path):
+        return make_keys(tmp_path, "mine")
+
+    @pytest.fixture
+    def signer(self, keys):
+        return keys[1]
+
+    @pytest.fixture
+    def tray(self, models_repo):
+        return models_repo / "tray"
+
+    def test_a_promoted_version_without_its_signature_gets_no_traffic(self, line, servers, promote, keys, tray):
+        """Triton is not even asked; log, metric and heartbeat say why. Signed, it is taken; the one in force, which the
+        start has checked, is left alone."""
+        (tray.parent / "cable-set/manifest.json").unlink()
+        line.look()
+        assert line.newcomers.fault("tray") == ""
+        promote()
+        with structlog.testing.capture_logs() as said:
+            line.look()
+            line.look()
+        assert [each["event"] for each in said] == ["new version not judged with"]
+        assert (servers.did, line.manifests["tray"].version) == ([], 1)
+        assert "not signed" in line.newcomers.fault("tray")
+        assert line.metrics.registry.get_sample_value("inspection_version_refused", {"product": "tray"}) == 1
+        sign(tray / "manifest.json", keys[0])
+        line.look()
+        assert (line.manifests["tray"].version, line.newcomers.fault("tray")) == (2, "")
+
+    def test_a_version_without_its_signature_is_not_tried(self, trial, line, try_version, keys, tray):
+        """Neither as canary nor as shadow; signed, it is."""
+        try_version()
+        assert trial() == [("withdraw", "tray", None)] * 2
+        assert "not signed" in line.newcomers.candidate("tray")[1]
+        sign(tray / "candidate.json", keys[0])
+        assert trial()[-1] == ("offer", "tray", 10)

@@ -1,7 +1,6 @@
 """The outbox on real files, with a Kafka that acknowledges when it is told to."""
 
 import shutil
-import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -98,16 +97,6 @@ def start(tmp_path, metrics, health):
     yield make
     for outbox in started:
         outbox.close(time.monotonic())
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 1 MiB of its own."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.fixture

@@ -16,16 +16,6 @@ MB = 1024 * 1024
 
 
 @pytest.fixture
-def disk(tmp_path):
-    """A disk of 2 MiB in memory."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=True)
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-@pytest.fixture
 def journal(tmp_path):
     """A worker's journal, open, with something in it."""
     made = Journal(tmp_path)
@@ -56,35 +46,35 @@ def test_a_folder_that_is_not_there_yet_is_not_made(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_no_worker_could_take_is_a_fault_of_the_line_file(tmp_path, disk):
+def test_a_folder_that_no_worker_could_take_is_a_fault_of_the_line_file(tmp_path, small_disk):
     """A file in its place or above it, and a place where nothing can be made: exit code 3, as `run` has it."""
     (tmp_path / "file").write_text("")
-    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    for folder in (tmp_path / "file", tmp_path / "file/outbox", disk / "outbox"):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for folder in (tmp_path / "file", tmp_path / "file/outbox", small_disk / "outbox"):
         with pytest.raises(ConfigError, match=str(folder)) as caught:
             look(Settings(dir=folder))
         assert caught.value.exit_code == 3
 
 
 @pytest.mark.parametrize("fault", ["full", "read-only"])
-def test_a_disk_that_takes_nothing_fails_the_check(disk, fault):
+def test_a_disk_that_takes_nothing_fails_the_check(small_disk, fault):
     """A worker would start there, and no verdict of it would be OK: exit code 5."""
     if fault == "full":
-        (disk / "other").write_bytes(bytes(shutil.disk_usage(disk).free))
+        (small_disk / "other").write_bytes(bytes(shutil.disk_usage(small_disk).free))
     else:
-        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(CheckError, match="no verdict would be OK") as caught:
-        look(Settings(dir=disk))
+        look(Settings(dir=small_disk))
     assert caught.value.exit_code == 5
 
 
-def test_too_little_room_and_a_disk_that_forgets_are_doubts(disk):
+def test_too_little_room_and_a_disk_that_forgets_are_doubts(small_disk):
     """Memory is told as such, and `max_mb` beside the room there is; what the outbox holds already counts as room."""
-    doubts = " ".join(look(Settings(dir=disk)).doubts)
+    doubts = " ".join(look(Settings(dir=small_disk)).doubts)
     assert "tmpfs, memory" in doubts
-    assert "outbox.max_mb is 2048, and its disk has room for 2 MB" in doubts
-    (disk / "00000000000000000001.outbox").write_bytes(bytes(MB + MB // 2))
-    assert "max_mb" not in " ".join(look(Settings(dir=disk, max_mb=1)).doubts)
+    assert "outbox.max_mb is 2048, and its disk has room for 1 MB" in doubts
+    (small_disk / "00000000000000000001.outbox").write_bytes(bytes(MB // 2))
+    assert "max_mb" not in " ".join(look(Settings(dir=small_disk, max_mb=1)).doubts)
     assert look(Settings(dir=None)).doubts != ()
 
 
