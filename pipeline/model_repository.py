@@ -115,12 +115,8 @@ class ModelRepository:
 
     def config(self, model: str) -> ModelConfig | None:
         """Read the configuration with which a model is served; None when there is no such model. Raises CheckError."""
-        text = self.read(model, CONFIG)
-        return (
-            None
-            if text is None
-            else parse_config(text.decode(errors="replace"), self._models.path(f"{model}/{CONFIG}"))
-        )
+        text, name = self.read(model, CONFIG), self._models.path(f"{model}/{CONFIG}")
+        return None if text is None else parse_config(text.decode(errors="replace"), name)
 
     def read(self, model: str, name: str) -> bytes | None:
         """Give a file of a served model; None when it is not there."""

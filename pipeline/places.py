@@ -1,7 +1,7 @@
 """Where model repositories are: a folder of this machine, or a bucket of an S3-compatible store.
 
-A bucket is named as Triton names it: `s3://bucket/prefix` for AWS, `s3://https://host:port/bucket/prefix` for a store of
-one's own. Keys are never part of it. Nothing here connects. Read by the settings and by `stores`.
+A bucket is named as Triton names it: `s3://bucket/prefix` for AWS, `s3://https://host:port/bucket/prefix` for a store
+of one's own. Keys are never part of it. Nothing here connects. Read by the settings and by `stores`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BUCKET = re.compile(r"(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?P<prefix>(/
 
 @dataclass(frozen=True, slots=True)
 class S3Address:
-    """Objects of a bucket that begin with `prefix/`; without `endpoint` the SDK's own settings say where the server is."""
+    """Objects of a bucket that begin with `prefix/`; without `endpoint` the SDK's settings say where the server is."""
 
     bucket: str
     prefix: str = ""
@@ -45,9 +45,7 @@ def parse_place(text: object) -> Where:
     if not text.startswith(_S3):
         return Path(text)
     if "@" in text:
-        raise ValueError(
-            "keys do not belong in the address: use AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a file"
-        )
+        raise ValueError("keys do not belong in the address: the SDK takes them from its environment or a file")
     own = _OWN.fullmatch(text.removeprefix(_S3))
     found = _BUCKET.fullmatch(own["rest"] if own else text.removeprefix(_S3))
     if found is None:

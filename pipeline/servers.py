@@ -47,8 +47,8 @@ class Triton(Block):
     at most, and a probe of it."""
     models_repo: Place = Path("models_repo")
     """The model repository that the server serves; the line reads the manifests in it. A folder, or a bucket as Triton
-    names it: `s3://https://host:port/bucket/prefix`, or `s3://bucket/prefix` for AWS. Keys are the SDK's: environment or
-    files. Needs the extra `logicrd[s3]`."""
+    names it: `s3://https://host:port/bucket/prefix`, or `s3://bucket/prefix` for AWS. Keys are taken from the SDK's
+    environment or files. Needs the extra `logicrd[s3]`."""
     max_in_flight: Annotated[int, Field(ge=1, le=64)] = 3
     """Batches under way at once for each replica; more fills the server's gaps, fewer makes larger batches."""
     startup_timeout_s: Positive = 10.0

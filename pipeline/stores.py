@@ -17,7 +17,7 @@ from pipeline.s3_store import S3Store
 
 
 class Store(Protocol):
-    """A root. A bucket's methods raise DependencyError where it does not answer or refuses; a folder's raise OSError."""
+    """A root. A bucket raises DependencyError where it does not answer or refuses, a folder OSError."""
 
     def path(self, name: str = "") -> str:
         """Tell where a file is, for messages."""
