@@ -12,6 +12,8 @@ import base64
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from typing import IO, Any
 
@@ -25,7 +27,7 @@ _KEY = "the key that the SDK found is not the server's: AWS_ACCESS_KEY_ID and AW
 _RIGHT = "the key needs the rights to list the bucket, and to get, put and delete objects below the prefix"
 _HINTS = {
     "AccessDenied": _RIGHT,
-    "403": "the key is not the server's, or has no right there: " + _RIGHT,
+    "403": f"the key is not the server's, or has too few rights: {_RIGHT}",
     "InvalidAccessKeyId": _KEY,
     "SignatureDoesNotMatch": _KEY,
     "ExpiredToken": _KEY,
@@ -47,6 +49,15 @@ class _Changed(Exception):  # noqa: N818 (an answer, not a fault)
 
 class _Absent(Exception):  # noqa: N818 (the same)
     """No such object."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An object. `etag` is '' where a gateway has none; `is_new`: it was put in this second of the server's clock."""
+
+    content: bytes
+    etag: str
+    is_new: bool
 
 
 class Bucket:
@@ -76,18 +87,18 @@ class Bucket:
         try:
             with _explained(self.path()):
                 for page in pages.paginate(Bucket=self._address.bucket, Prefix=self._key(begins)):
-                    found |= {self._name(each["Key"]): each["ETag"] for each in page.get("Contents", ())}
+                    found |= {self._name(each["Key"]): each.get("ETag", "") for each in page.get("Contents", ())}
         except _Absent:  # the words of a server that is none of S3
             raise DependencyError(f"{self.path()}: no such bucket", hint=_HINTS["NoSuchBucket"]) from None
         return found
 
-    def get(self, name: str) -> tuple[bytes, str] | None:
-        """Give an object's bytes and its ETag; None when it is not there."""
+    def get(self, name: str) -> Found | None:
+        """Give an object; None when it is not there."""
         for attempt in range(_ATTEMPTS):
             try:
                 answer = self._call("get_object", name)
                 with _explained(self.path(name)):
-                    return answer["Body"].read(), answer["ETag"]
+                    return Found(answer["Body"].read(), answer.get("ETag", ""), _is_new(answer))
             except _Absent:
                 return None
             except DependencyError:  # in the middle of the answer, where the SDK does not try again
@@ -114,9 +125,9 @@ class Bucket:
             answer = self._put(name, body, digest, etag)
         except _Changed:
             # Perhaps it is ours: the SDK tries again when an answer is lost.
-            if (found := self.get(name)) is None or base64_sha256(found[0]) != digest:
+            if (found := self.get(name)) is None or base64_sha256(found.content) != digest:
                 raise CheckError(f"{self.path(name)} was changed by another command", hint="try again") from None
-            return found[1]
+            return found.etag
         if "ChecksumSHA256" not in answer and self._read_digest(name) != digest:
             raise CheckError(f"{self.path(name)} did not arrive as it was sent", hint="try again")
         return str(answer["ETag"])
@@ -128,7 +139,7 @@ class Bucket:
     # Parts
 
     def _put(self, name: str, body: bytes | IO[bytes], digest: str, etag: str | None) -> Any:  # noqa: ANN401 (untyped)
-        condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag}
+        condition = {"IfNoneMatch": "*"} if etag is None else {"IfMatch": etag} if etag else {}
         try:
             return self._call("put_object", name, Body=body, ChecksumSHA256=digest, **condition)
         except NotImplementedError:
@@ -139,7 +150,7 @@ class Bucket:
 
     def _read_digest(self, name: str) -> str:
         found = self.get(name)
-        return "" if found is None else base64_sha256(found[0])
+        return "" if found is None else base64_sha256(found.content)
 
     def _call(self, what: str, name: str | None = None, **arguments: object) -> Any:  # noqa: ANN401 (untyped)
         key = {} if name is None else {"Key": self._key(name)}
@@ -190,6 +201,11 @@ def base64_sha256(body: bytes | IO[bytes]) -> str:
     return base64.b64encode(digest.digest()).decode()
 
 
+def _is_new(answer: Any) -> bool:  # noqa: ANN401 (untyped)
+    now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+    return bool(answer["LastModified"] >= now)
+
+
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
     """Turn the SDK's errors into ours."""
@@ -214,7 +230,8 @@ def _refusal(path: str, error: Any) -> Exception:  # noqa: ANN401 (untyped)
         return NotImplementedError()
     if code in _DAMAGED:
         return CheckError(f"{path} did not arrive as it was sent: {words}", hint="try again")
-    return DependencyError(f"{path}: {code}: {words}", hint=_HINTS.get(code, "see the log of that server"))
+    hint = _HINTS.get(code) or (_KEY if "access key" in words.lower() else "see the log of that server")
+    return DependencyError(f"{path}: {code}: {words}", hint=hint)
 
 
 def _no_answer(path: str, error: Exception) -> DependencyError:

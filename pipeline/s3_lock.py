@@ -42,8 +42,9 @@ class S3Lock:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold it. Blocks for `LEASE_S` at most. Raises CheckError when another command does."""
+        before = self._free()
         began_s = time.monotonic()
-        self._etag = self._bucket.put(_NAME, _claim(), self._free())
+        self._etag = self._bucket.put(_NAME, _claim(), before)
         self._extend(began_s)
         self._try_conditions()
         self._stop.clear()
@@ -74,12 +75,12 @@ class S3Lock:
         """Wait until nobody holds it; gives its ETag, None when it was never there."""
         found = self._bucket.get(_NAME)
         began_s = time.monotonic()
-        while found is not None and found[0] != _FREE and time.monotonic() < began_s + LEASE_S:
+        while found is not None and found.content != _FREE and time.monotonic() < began_s + LEASE_S:
             time.sleep(_LOOK_S)
             before, found = found, self._bucket.get(_NAME)
-            if found is not None and found[0] != _FREE and found[1] != before[1]:
-                raise CheckError(_told(self._bucket.path(), found[0]), hint="try again when it ends")
-        return None if found is None else found[1]
+            if found is not None and found.content != _FREE and found.etag != before.etag:
+                raise CheckError(_told(self._bucket.path(), found.content), hint="try again when it ends")
+        return None if found is None else found.etag
 
     def _try_conditions(self) -> None:
         """Say so when the server takes a put whose condition does not hold."""

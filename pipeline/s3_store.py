@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -18,6 +19,9 @@ from pipeline.model_files import HARMLESS
 from pipeline.places import S3Address
 from pipeline.s3_bucket import Bucket, base64_sha256
 from pipeline.s3_lock import S3Lock
+
+# Times of objects are whole seconds, and Triton takes a model for unchanged while its newest file has the time it saw.
+_TICK_S = 1.0
 
 
 class S3Store:
@@ -46,13 +50,18 @@ class S3Store:
 
     def read(self, name: str) -> bytes | None:
         found = self._bucket.get(name)
-        return None if found is None else found[0]
+        return None if found is None else found.content
 
     def write(self, name: str, content: bytes) -> bytes | None:
         found = self._bucket.get(name)
-        if found is None or found[0] != content:
-            self._bucket.put(name, content, None if found is None else found[1])
-        return None if found is None else found[0]
+        if found is None:
+            self._bucket.put(name, content, None)
+            return None
+        if found.content != content:
+            if found.is_new:
+                time.sleep(_TICK_S)
+            self._bucket.put(name, content, found.etag)
+        return found.content
 
     def add(self, tree: Path, folder: str, *, head: str, instead: bool = False) -> bool:
         files = {path.relative_to(tree).as_posix(): path for path in tree.rglob("*") if path.is_file()}

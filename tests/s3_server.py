@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import time
@@ -39,17 +38,13 @@ class S3Server:
     def start(self) -> None:
         for folder in (self.buckets / BUCKET, self.folder / "etags"):
             folder.mkdir(parents=True, exist_ok=True)
-        self.port = self.port or _free_port()
+        self.port = self.port or free_port()
         tls = [] if self.certificate is None else ["--cert", str(self.certificate), "--key", str(self.certificate)]
         options = ["--port", f"127.0.0.1:{self.port}", "--region", KEYS["AWS_REGION"], "--quiet", *tls]
         keys = {"ROOT_ACCESS_KEY": KEYS["AWS_ACCESS_KEY_ID"], "ROOT_SECRET_KEY": KEYS["AWS_SECRET_ACCESS_KEY"]}
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [str(GATEWAY), *options, "posix", "--sidecar", str(self.folder / "etags"), str(self.buckets)],
-                env={**os.environ, **keys},
-                stdout=log,
-                stderr=log,
-            )
+            command = [str(GATEWAY), *options, "posix", "--sidecar", str(self.folder / "etags"), str(self.buckets)]
+            self.process = subprocess.Popen(command, env=keys, stdout=log, stderr=log)
         until = time.monotonic() + _START_S
         while not _answers(self.port):
             if self.process.poll() is not None or time.monotonic() > until:
@@ -69,7 +64,7 @@ class S3Server:
         return {name: path.read_bytes() for name, path in found.items() if name.startswith(prefix)}
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
