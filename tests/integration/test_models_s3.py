@@ -249,7 +249,8 @@ def test_a_command_that_was_cut_off_writes_no_more(
     with first.locked():
         with pytest.raises(CheckError, match=r"another command is at work: .*@"), second.locked():
             raise AssertionError
-        monkeypatch.setattr(first._store._lock, "_renew", lambda: None)
+    monkeypatch.setattr(first._store._lock, "_renew", lambda: None)
+    monkeypatch.setattr(s3_lock, "LEASE_S", 3.0)
     with first.locked():
         assert first.write(PRODUCT, "rollout.json", b"{}") is None
         with second.locked(), pytest.raises(CheckError, match="could not be renewed"):
