@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import structlog
 import yaml
 from exported import PRODUCT, graph, heavier, shipped, tiny, write_manifest
 from s3_server import BUCKET, KEYS, S3Server, free_port
@@ -23,9 +25,11 @@ from triton_server import TritonPorts
 
 from pipeline import cli, promotion, s3_bucket, s3_lock, s3_store
 from pipeline.errors import CheckError, DependencyError
-from pipeline.manifest import products_in, read_manifest
+from pipeline.manifest import Manifests, products_in, read_manifest
+from pipeline.metrics import Metrics
 from pipeline.model_control import ModelControl
 from pipeline.model_repository import ModelRepository
+from pipeline.newcomers import Newcomers
 from pipeline.places import parse_place
 from pipeline.promotion import promote, rollback
 from pipeline.s3_bucket import Bucket
@@ -246,9 +250,8 @@ def test_a_command_that_was_cut_off_writes_no_more(
     tiny(tmp_path / "served", 3)
     place.seed(tmp_path / "served")
     first, second = place.open(), place.open()
-    with first.locked():
-        with pytest.raises(CheckError, match=r"another command is at work: .*@"), second.locked():
-            raise AssertionError
+    with first.locked(), pytest.raises(CheckError, match=r"another command is at work: .*@"), second.locked():
+        raise AssertionError
     monkeypatch.setattr(first._store._lock, "_renew", lambda: None)
     monkeypatch.setattr(s3_lock, "LEASE_S", 3.0)
     with first.locked():
@@ -363,6 +366,34 @@ def test_more_objects_than_one_answer_holds_are_listed(place: Place) -> None:
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_bytes(b"{}")
     assert len(products_in(parse_place(place.address))) == 1001
+
+
+def test_a_worker_goes_on_while_the_store_is_away(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the store it refuses nothing, withdraws nothing, says so once and looks again; then it takes what is new."""
+    monkeypatch.setattr(s3_bucket, "_ATTEMPTS", 1)
+    tiny(tmp_path / "served", 3)
+    place.seed(tmp_path / "served")
+    address = parse_place(place.address)
+    manifests = Manifests({PRODUCT: read_manifest(address, PRODUCT)})
+    others = SimpleNamespace(
+        check=lambda _: "", learn=lambda _: True, take=lambda _: None, keep=lambda *_: None, withdraw=pytest.fail
+    )
+    newcomers = Newcomers(address, manifests, others, others, new_products=False, metrics=Metrics())
+    place.server.stop()
+    try:
+        with structlog.testing.capture_logs() as said:
+            newcomers.look()
+            newcomers.look()
+    finally:
+        place.server.start()
+    assert [each["event"] for each in said] == ["model repository not read; the versions in force go on"]
+    assert (manifests[PRODUCT].version, newcomers.fault(PRODUCT)) == (3, "")
+    changed = json.loads((tmp_path / "served" / PRODUCT / "manifest.json").read_text()) | {"model_sha256": "ab" * 32}
+    place.open().write(PRODUCT, "manifest.json", json.dumps(changed | {"version": 4}).encode())
+    newcomers.look()
+    assert manifests[PRODUCT].version == 4
 
 
 @contextmanager
