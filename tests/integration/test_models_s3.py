@@ -371,7 +371,7 @@ def test_more_objects_than_one_answer_holds_are_listed(place: Place) -> None:
 def test_a_worker_goes_on_while_the_store_is_away(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the store it refuses nothing, withdraws nothing, says so once and looks again; then it takes what is new."""
+    """Without it nothing is refused or withdrawn, which is said once; when it is back, what is new there is taken."""
     monkeypatch.setattr(s3_bucket, "_ATTEMPTS", 1)
     tiny(tmp_path / "served", 3)
     place.seed(tmp_path / "served")
