@@ -39,6 +39,7 @@ from pipeline.stores import store_of
 
 ROOT = Path(__file__).parents[2]
 SECRET = KEYS["AWS_SECRET_ACCESS_KEY"]
+WRONG = SECRET[::-1]
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +301,7 @@ def test_a_killed_promotion_leaves_one_whole_version(
 @pytest.mark.parametrize(
     ("fault", "words", "hint"),
     [
-        ({"AWS_SECRET_ACCESS_KEY": "wrong-as-can-be"}, "SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"),
+        ({"AWS_SECRET_ACCESS_KEY": WRONG}, "SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"),
         ({"AWS_ACCESS_KEY_ID": "nobody"}, "access key", "AWS_ACCESS_KEY_ID"),
         ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "credentials", "AWS_ACCESS_KEY_ID"),
         ({"AWS_CA_BUNDLE": ""}, "SSL", "AWS_CA_BUNDLE"),
@@ -330,7 +331,7 @@ def test_what_is_wrong_with_a_store_is_said_with_the_remedy(
         assert words in str(caught.value)
         assert hint in caught.value.hint
         assert SECRET not in str(caught.value)
-        assert "wrong-as-can-be" not in str(caught.value)
+        assert WRONG not in str(caught.value)
 
 
 def test_what_arrives_damaged_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
