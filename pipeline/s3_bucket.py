@@ -97,10 +97,11 @@ class Bucket:
         for attempt in range(_ATTEMPTS):
             try:
                 answer = self._call("get_object", name)
-                with _explained(self.path(name)):
-                    return Found(answer["Body"].read(), answer.get("ETag", ""), _is_new(answer))
             except _Absent:
                 return None
+            try:
+                with _explained(self.path(name)):
+                    return Found(answer["Body"].read(), answer.get("ETag", ""), _is_new(answer))
             except DependencyError:  # in the middle of the answer, where the SDK does not try again
                 if attempt == _ATTEMPTS - 1:
                     raise
