@@ -75,6 +75,10 @@ class S3Lock:
         """Wait until nobody holds it; gives its ETag, None when it was never there."""
         found = self._bucket.get(_NAME)
         began_s = time.monotonic()
+        if found is not None and found.content != _FREE:
+            log.warning(
+                "waiting for a command that may have been killed", lock=_told(self._bucket.path(), found.content)
+            )
         while found is not None and found.content != _FREE and time.monotonic() < began_s + LEASE_S:
             time.sleep(_LOOK_S)
             before, found = found, self._bucket.get(_NAME)
