@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cached_property
@@ -124,7 +124,7 @@ class Bucket:
         digest = base64_sha256(body)
         try:
             answer = self._put(name, body, digest, etag)
-        except _Changed:
+        except (_Changed, _Absent):
             # Perhaps it is ours: the SDK tries again when an answer is lost.
             if (found := self.get(name)) is None or base64_sha256(found.content) != digest:
                 raise CheckError(f"{self.path(name)} was changed by another command", hint="try again") from None
@@ -135,7 +135,8 @@ class Bucket:
 
     def delete(self, name: str) -> None:
         """Remove an object; nothing when it is not there."""
-        self._call("delete_object", name)
+        with suppress(_Absent):
+            self._call("delete_object", name)
 
     # Parts
 
@@ -227,7 +228,7 @@ def _refusal(path: str, error: Any) -> Exception:  # noqa: ANN401 (untyped)
         return _Absent()
     if code in _CHANGED:
         return _Changed()
-    if code == "NotImplemented":
+    if code == "NotImplemented" and error.operation_name == "PutObject":
         return NotImplementedError()
     if code in _DAMAGED:
         return CheckError(f"{path} did not arrive as it was sent: {words}", hint="try again")

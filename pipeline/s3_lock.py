@@ -1,7 +1,8 @@
 """Keeps two commands apart that work on one place in S3: an object that says who holds it, replaced on condition alone.
 
-The holder renews it every few seconds. One that does so no more, killed or cut off, has lost it after `LEASE_S`, and
-knows it by its own clock before another takes it by its own; no two clocks are compared. Called by `s3_store`.
+The holder renews it every few seconds. One that does so no more, killed, cut off or asleep, has lost it after
+`LEASE_S`, and knows it by its own clock before another takes it by its own; no two clocks are compared. Called by
+`s3_store`.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ class S3Lock:
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
         self._etag = ""
-        self._until_s: float | None = None  # by the monotonic clock; None while it is not held
+        self._until_s: float | None = None  # None while it is not held
         self._stop = threading.Event()
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold it. Blocks for `LEASE_S` at most. Raises CheckError when another command does."""
         before = self._free()
-        began_s = time.monotonic()
+        began_s = _now_s()
         self._etag = self._bucket.put(_NAME, _claim(), before)
         self._extend(began_s)
         self._try_conditions()
@@ -69,17 +70,17 @@ class S3Lock:
             )
 
     def _is_held(self) -> bool:
-        return self._until_s is not None and time.monotonic() < self._until_s
+        return self._until_s is not None and _now_s() < self._until_s
 
     def _free(self) -> str | None:
         """Wait until nobody holds it; gives its ETag, None when it was never there."""
         found = self._bucket.get(_NAME)
-        began_s = time.monotonic()
+        began_s = _now_s()
         if found is not None and found.content != _FREE:
             log.warning(
                 "waiting for a command that may have been killed", lock=_told(self._bucket.path(), found.content)
             )
-        while found is not None and found.content != _FREE and time.monotonic() < began_s + LEASE_S:
+        while found is not None and found.content != _FREE and _now_s() < began_s + LEASE_S:
             time.sleep(_LOOK_S)
             before, found = found, self._bucket.get(_NAME)
             if found is not None and found.content != _FREE and found.etag != before.etag:
@@ -96,7 +97,7 @@ class S3Lock:
 
     def _renew(self) -> None:
         while not self._stop.wait(_RENEW_S):
-            began_s = time.monotonic()
+            began_s = _now_s()
             try:
                 self._etag = self._bucket.put(_NAME, _claim(), self._etag)
             except CheckError:
@@ -110,6 +111,11 @@ class S3Lock:
     def _extend(self, began_s: float) -> None:
         # Counted from before the call: others count from when they saw it.
         self._until_s = began_s + LEASE_S - _RENEW_S
+
+
+def _now_s() -> float:
+    # Unlike the monotonic clock it goes on while the machine sleeps.
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _claim() -> bytes:

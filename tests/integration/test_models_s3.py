@@ -343,6 +343,22 @@ def test_what_arrives_damaged_is_refused(place: Place, monkeypatch: pytest.Monke
     assert place.objects() == {}
 
 
+def test_what_somebody_else_wrote_is_not_overwritten(place: Place) -> None:
+    """An object that came, changed or went since it was read is left as it is, whoever did it."""
+    bucket = Bucket(parse_place(place.address))
+    read = bucket.put("file", b"one", None)
+    assert bucket.put("file", b"one", None) == read  # the answer to our own put was lost
+    bucket.put("file", b"two", read)
+    for etag in (None, read):
+        with pytest.raises(CheckError, match="changed by another command"):
+            bucket.put("file", b"three", etag)
+    assert bucket.get("file").content == b"two"
+    bucket.delete("file")
+    with pytest.raises(CheckError, match="changed by another command"):
+        bucket.put("file", b"three", read)
+    bucket.delete("file")
+
+
 def test_a_store_without_conditions_or_hashes_is_worked_with(
     place: Place, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
