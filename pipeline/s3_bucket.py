@@ -107,14 +107,15 @@ class Bucket:
                     raise
         return None
 
-    def digest(self, name: str) -> str:
-        """Give an object's SHA-256 in base64, as the server has it or as it is read; '' when it is not there."""
+    def digest(self, name: str) -> str | None:
+        """Give an object's SHA-256 in hexadecimal digits, as the server has it or as it is read; None without one."""
         try:
             known = self._call("head_object", name, ChecksumMode="ENABLED")
         except _Absent:
-            return ""
+            return None
         whole = known.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT"
-        return known["ChecksumSHA256"] if whole and "ChecksumSHA256" in known else self._read_digest(name)
+        digest = known["ChecksumSHA256"] if whole and "ChecksumSHA256" in known else self._read_digest(name)
+        return base64.b64decode(digest).hex()
 
     def put(self, name: str, body: bytes | IO[bytes], etag: str | None) -> str:
         """Put an object in place of the one with this ETag, None where there is none; gives the new ETag.

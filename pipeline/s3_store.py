@@ -15,9 +15,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pipeline.errors import CheckError
-from pipeline.model_files import HARMLESS
+from pipeline.model_files import HARMLESS, sha256
 from pipeline.places import S3Address
-from pipeline.s3_bucket import Bucket, base64_sha256
+from pipeline.s3_bucket import Bucket
 from pipeline.s3_lock import S3Lock
 
 # Times of objects are whole seconds, and Triton takes a model for unchanged while its newest file has the time it saw.
@@ -52,6 +52,9 @@ class S3Store:
         found = self._bucket.get(name)
         return None if found is None else found.content
 
+    def digest(self, name: str) -> str | None:
+        return self._bucket.digest(name)
+
     def write(self, name: str, content: bytes) -> bytes | None:
         found = self._bucket.get(name)
         if found is None:
@@ -66,7 +69,7 @@ class S3Store:
     def add(self, tree: Path, folder: str, *, head: str, instead: bool = False) -> bool:
         files = {path.relative_to(tree).as_posix(): path for path in tree.rglob("*") if path.is_file()}
         there = {name.removeprefix(f"{folder}/"): etag for name, etag in self._bucket.list(f"{folder}/").items()}
-        same = {name for name in files.keys() & there.keys() if self._is_same(f"{folder}/{name}", files[name])}
+        same = {name for name in files.keys() & there.keys() if self.digest(f"{folder}/{name}") == sha256(files[name])}
         others = [name for name in there.keys() - same if name.rpartition("/")[2] not in HARMLESS]
         if others and not instead:
             words = f"{self.path(folder)} holds other files than the version: {', '.join(sorted(others))}"
@@ -109,10 +112,6 @@ class S3Store:
 
     def hold(self) -> None:
         self._lock.require()
-
-    def _is_same(self, name: str, path: Path) -> bool:
-        with path.open("rb") as file:
-            return self._bucket.digest(name) == base64_sha256(file)
 
 
 def _literal(pattern: str) -> str:

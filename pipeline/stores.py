@@ -35,7 +35,7 @@ class Store(Protocol):
         """Give a file's bytes; None when it is not there."""
 
     def digest(self, name: str) -> str | None:
-        """Give a file's SHA-256 in hexadecimal digits, of a bucket as its server knows it; None when it is not there."""
+        """Give a file's SHA-256 in hexadecimal digits, in a bucket as its server has it; None when it is not there."""
 
     def write(self, name: str, content: bytes) -> bytes | None:
         """Replace a file as a whole; gives what was there, and leaves alone what is the same."""

@@ -399,7 +399,7 @@ def test_a_worker_goes_on_while_the_store_is_away(
         check=lambda _: "", learn=lambda _: True, take=lambda _: None, keep=lambda *_: None, withdraw=pytest.fail
     )
     about = {"new_products": False, "graph_products": (), "metrics": Metrics()}
-    newcomers = Newcomers(address, manifests, others, others, **about)
+    newcomers = Newcomers(Triton(models_repo=address), manifests, others, others, **about)
     place.server.stop()
     try:
         with structlog.testing.capture_logs() as said:
