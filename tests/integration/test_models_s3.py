@@ -20,11 +20,12 @@ import structlog
 import yaml
 from exported import PRODUCT, graph, heavier, shipped, tiny, write_manifest
 from s3_server import BUCKET, KEYS, S3Server, free_port
+from signers import make_keys
 from triton_server import Triton as TritonServer
 from triton_server import TritonPorts
 
 from pipeline import cli, promotion, s3_bucket, s3_lock, s3_store
-from pipeline.errors import CheckError, DependencyError
+from pipeline.errors import CheckError, ConfigError, DependencyError
 from pipeline.manifest import Manifests, products_in, read_manifest
 from pipeline.metrics import Metrics
 from pipeline.model_control import ModelControl
@@ -35,6 +36,7 @@ from pipeline.promotion import promote, rollback
 from pipeline.s3_bucket import Bucket
 from pipeline.s3_lock import S3Lock
 from pipeline.servers import Triton
+from pipeline.signatures import sign
 from pipeline.stores import store_of
 
 ROOT = Path(__file__).parents[2]
@@ -335,6 +337,22 @@ def test_what_is_wrong_with_a_store_is_said_with_the_remedy(
         assert WRONG not in str(caught.value)
 
 
+def test_a_worker_judges_with_what_was_signed_alone(place: Place, tmp_path: Path) -> None:
+    """Signature and weights' hashes are asked of the bucket as of a folder: a stranger's file is named."""
+    key, signer = make_keys(tmp_path, "mine")
+    folder, address = tiny(tmp_path / "served", 3), parse_place(place.address)
+    place.seed(folder.parent)
+    with pytest.raises(ConfigError, match="not signed"):
+        read_manifest(address, PRODUCT, signer)
+    bucket = Bucket(address)
+    bucket.put(f"{PRODUCT}/manifest.json.sig", sign(folder / "manifest.json", key).read_bytes(), None)
+    assert read_manifest(address, PRODUCT, signer).version == 3
+    name = f"{PRODUCT}.map/3/model.onnx"
+    bucket.put(name, b"a stranger's", bucket.get(name).etag)
+    with pytest.raises(ConfigError, match=f"not its files: {name}"):
+        read_manifest(address, PRODUCT, signer)
+
+
 def test_what_arrives_damaged_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server compares the hash that comes with a file; nothing is there of one that differs."""
     monkeypatch.setattr(s3_bucket, "base64_sha256", lambda _, known=s3_bucket.base64_sha256: known(b"other"))
@@ -359,9 +377,7 @@ def test_what_somebody_else_wrote_is_not_overwritten(place: Place) -> None:
     bucket.delete("file")
 
 
-def test_a_store_without_conditions_or_hashes_is_worked_with(
-    place: Place, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_store_without_conditions_or_hashes_is_worked_with(place: Place, tmp_path: Path) -> None:
     """Where a server ignores conditions it is said; where it tells no hash, each file is read back."""
     repository = place.open()
 
@@ -371,10 +387,10 @@ def test_a_store_without_conditions_or_hashes_is_worked_with(
 
     for store in (repository._models, repository._store):
         store._bucket._client.meta.events.register("before-call.s3.PutObject", forget)
-    with repository.locked():
+    with structlog.testing.capture_logs() as said, repository.locked():
         assert repository.push(tiny(tmp_path / "export", 4))[1]
         assert repository.checked(PRODUCT, 4).version == 4
-    assert "no conditional writes" in "".join(capfd.readouterr())
+    assert ["no conditional writes" in each["event"] for each in said] == [True]
 
 
 def test_more_objects_than_one_answer_holds_are_listed(place: Place) -> None:
