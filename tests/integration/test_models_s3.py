@@ -163,8 +163,11 @@ def test_the_commands_work_on_a_bucket(
     assert place.objects() == before
     rows = json.loads(models("list", "--json")[1])
     assert [(row["version"], row["state"]) for row in rows] == [(2, "pushed"), (3, "served"), (4, "pushed")]
+    left = place.root / f"{place.prefix}.versions/{PRODUCT}/9/model.onnx"
+    left.parent.mkdir()
+    left.write_bytes(b"of a push that was killed")
     assert json.loads(models("prune", PRODUCT, "--json")[1])["removed"] == [2]
-    assert not [name for name in place.objects() if f"{PRODUCT}/2/" in name]
+    assert not [name for name in place.objects() if f"{PRODUCT}/2/" in name or f"{PRODUCT}/9/" in name]
     assert models("promote", PRODUCT, 4)[0] == 4  # Triton is not there
     assert SECRET not in told
 
