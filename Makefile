@@ -16,15 +16,15 @@ help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | while IFS=$$'\t' read -r verb what; do \
 		printf '  make %-12s %s\n' "$$verb" "$$what"; done
 
-setup: ## install what is missing: system packages, the three environments, the Kafka broker, helm
-	@$(SETUP) line triton training stack chart
+setup: ## install what is missing: system packages, the three environments, the Kafka broker, helm, an S3 server
+	@$(SETUP) line triton training stack chart s3
 
 demo: ## 60 s of four simulated cameras; SOURCE=<address, video or folder> PRODUCT=<name> for your own pictures
 	@$(SETUP) line triton stack
 	.venv/bin/python deploy/local/demo.py $(if $(SOURCE),--source "$(SOURCE)") $(if $(PRODUCT),--product "$(PRODUCT)")
 
-test: ## every check and every test, against the real Triton, Kafka, Redis and RTSP
-	@$(SETUP) line triton training stack chart
+test: ## every check and every test, against the real Triton, Kafka, Redis, RTSP and S3
+	@$(SETUP) line triton training stack chart s3
 	@$(MAKE) --no-print-directory static
 	.venv/bin/pytest -n 2 --dist loadfile tests/unit/pipeline tests/contract tests/integration tests/e2e tests/unit/models_repo
 	.venv-training/bin/pytest tests/unit/training
@@ -71,8 +71,8 @@ images: ## run the images' steps in a clean Debian root (as root), and list what
 		--output-reproducible --of JSON -o build/sbom/$$image.cdx.json || exit 1; done
 
 lock: $(UV) ## pin requirements/*.txt anew, with hashes; UV_FLAGS=--upgrade takes newer versions
-	$(COMPILE) --extra tracing pyproject.toml -o requirements/pipeline.txt
-	$(COMPILE) -c requirements/pipeline.txt --extra tracing pyproject.toml requirements/dev.in -o requirements/dev.txt
+	$(COMPILE) --extra tracing --extra s3 pyproject.toml -o requirements/pipeline.txt
+	$(COMPILE) -c requirements/pipeline.txt --extra tracing --extra s3 pyproject.toml requirements/dev.in -o requirements/dev.txt
 	$(COMPILE) -c requirements/pipeline.txt --extra training pyproject.toml requirements/training.in -o requirements/training.txt
 	$(COMPILE) requirements/triton.in -o requirements/triton.txt
 	$(COMPILE) -c requirements/dev.txt requirements/build.in -o requirements/build.txt

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline import config as configuration
+from pipeline import logs
 from pipeline.config import LineConfig
 from pipeline.errors import CheckError, ConfigError
 from pipeline.model_control import ModelControl
@@ -20,11 +21,17 @@ from pipeline.tail import candidate_figures
 from pipeline.terminal import CONFIG_FILE, Config, Json, answer, table_of
 from pipeline.wire import CANDIDATE_FIGURES
 
-models_app = typer.Typer(help="Versions of the models, and which one is served.", no_args_is_help=True)
+models_app = typer.Typer(no_args_is_help=True)
 
 Product = Annotated[str, typer.Argument(help="Which product.")]
 Author = Annotated[str, typer.Option(help="Who; default: this machine's name of the user. Nobody checks it.")]
 Reason = Annotated[str, typer.Option(help="Why; kept in the history.")]
+
+
+@models_app.callback()
+def models() -> None:
+    """Versions of the models, and which one is served."""
+    logs.configure(level="warning", colour=not configuration.without_colour())
 
 
 @models_app.command("list")

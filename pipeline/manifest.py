@@ -8,7 +8,6 @@ sign. Written by the training room; never by the line.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,8 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pipeline.cameras import Camera, graph_cameras
 from pipeline.errors import ConfigError, first_fault
+from pipeline.places import Where
 from pipeline.region import RegionOfInterest
-from pipeline.signatures import fault_of_signature, read_signature
+from pipeline.signatures import SUFFIX, fault_of_signature
+from pipeline.stores import Store, store_of
 from pipeline.types import Model, Threshold, ThresholdSource
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -154,56 +155,59 @@ def other_pictures(manifest: Manifest, other: Manifest) -> str:
     return ", ".join(name for name in names if getattr(manifest, name) != getattr(other, name))
 
 
-def read_manifest(models_repo: Path, product: str, signer: Path | None = None) -> Manifest:
+def read_manifest(models_repo: Where, product: str, signer: Path | None = None) -> Manifest:
     """Read a product's manifest, see `manifest_at`. Raises ConfigError naming the product, and those that are there."""
-    path = models_repo / product / "manifest.json"
-    if not path.is_file():
+    manifest = manifest_at(models_repo, f"{product}/manifest.json", signer)
+    if manifest is None:
         raise ConfigError(_absent(models_repo, product), hint="`logicrd-train export` writes a product")
-    return manifest_at(path, signer)
+    return manifest
 
 
-def manifest_at(path: Path, signer: Path | None = None) -> Manifest:
-    """Read a manifest in the folder of its product.
+def manifest_at(models_repo: Where, name: str, signer: Path | None = None) -> Manifest | None:
+    """Read a manifest in the folder of its product; None when it is not there.
 
     With `signer`, a file of public keys, one of them has to have signed it, and weights that are there to be read have
-    to be those that it lists; blocks while they are. Raises ConfigError.
+    to be those that it lists; blocks while they are. Raises ConfigError, for a repository in S3 also DependencyError.
     """
+    store, product = store_of(models_repo), name.partition("/")[0]
+    path = store.path(name)
     try:
-        data = path.read_bytes()
+        data = store.read(name)
+        signature = None if signer is None else store.read(name + SUFFIX)
     except OSError as error:
         raise ConfigError(f"manifest {path}: {error.strerror}") from None
-    if signer is not None and (fault := fault_of_signature(data, read_signature(path), signer)):
+    if data is None:
+        return None
+    if signer is not None and (fault := fault_of_signature(data, signature, signer)):
         raise ConfigError(f"manifest {path}: {fault}", hint="`logicrd models sign`, before it is pushed")
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
         raise ConfigError(f"manifest {path}: {first_fault(error)}", hint="export the product again") from None
-    if manifest.product != path.parent.name:
-        raise ConfigError(f"manifest {path} is of product {manifest.product!r}, not {path.parent.name!r}")
-    if signer is not None and (others := _other_files(path.parents[1], manifest)):
+    if manifest.product != product:
+        raise ConfigError(f"manifest {path} is of product {manifest.product!r}, not {product!r}")
+    if signer is not None and (others := _other_files(store, manifest)):
         raise ConfigError(f"manifest {path}: not its files: {', '.join(others)}", hint="promote the version again")
     return manifest
 
 
-def _other_files(models_repo: Path, manifest: Manifest) -> list[str]:
+def _other_files(store: Store, manifest: Manifest) -> list[str]:
     """Name the weights that are not those of the manifest. A worker that has manifests alone can compare none."""
     others = []
     for name, digest in manifest.files.items():
-        path = models_repo / name
-        if path.name == "config.pbtxt" or not path.is_file():  # configurations may have been tuned
+        if name.endswith("/config.pbtxt"):  # it may have been tuned
             continue
         try:
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    others.append(name)
+            if store.digest(name) not in (digest, None):
+                others.append(name)
         except OSError as error:
             others.append(f"{name} ({error.strerror})")
     return others
 
 
-def products_in(models_repo: Path) -> list[str]:
-    """Name the products that a repository has, by their manifests."""
-    return sorted(path.parent.name for path in models_repo.glob("*/manifest.json"))
+def products_in(models_repo: Where) -> list[str]:
+    """Name the products that a repository has, by their manifests. Raises DependencyError for one in S3."""
+    return [name.partition("/")[0] for name in store_of(models_repo).names("*/manifest.json")]
 
 
 def with_models_region(camera: Camera, manifest: Manifest) -> Camera:
@@ -242,7 +246,7 @@ def region_doubts(cameras: Sequence[Camera], manifests: Mapping[str, Manifest]) 
     return doubts
 
 
-def _absent(models_repo: Path, product: str) -> str:
-    if not models_repo.is_dir():
+def _absent(models_repo: Where, product: str) -> str:
+    if not store_of(models_repo).exists():
         return f"model repository {models_repo} does not exist"
     return f"product {product!r} is not in {models_repo}; it has: {', '.join(products_in(models_repo)) or 'none'}"

@@ -1,6 +1,6 @@
 """Files of a model repository, moved so that a killed command or a power cut leaves each whole or absent.
 
-Nothing here knows what a model is. Called by `model_repository`.
+Nothing here knows what a model is. Called by `folder_store` and `model_repository`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Collection
 from pathlib import Path
 
 from pipeline.errors import CheckError
 
+# What Git and Python leave in a folder of files, and no server reads.
+HARMLESS = frozenset({".gitkeep", "__pycache__"})
 _CHUNK = 1 << 20
 
 
@@ -47,10 +48,10 @@ def link(source: Path, target: Path) -> None:
         ) from None
 
 
-def move_in(source: Path, target: Path, harmless: Collection[str]) -> list[Path]:
+def move_in(source: Path, target: Path) -> bool:
     """Rename a folder into place. One that is there has to hold the same files: a shared teacher's, or a second try.
 
-    Names in `harmless` are not compared. Gives the folder if it is new. Raises CheckError.
+    Names in `HARMLESS` are not compared. Gives whether the folder is new. Raises CheckError.
     """
     if not target.exists():
         flush(source)
@@ -59,12 +60,12 @@ def move_in(source: Path, target: Path, harmless: Collection[str]) -> list[Path]
         except OSError as error:
             raise CheckError(f"{target}: {error.strerror}", hint="check the rights of this user") from None
         flush_folder(target.parent)
-        return [target]
-    wanted = {path.name: sha256(path) for path in source.iterdir() if path.name not in harmless}
-    present = {path.name: sha256(path) for path in target.iterdir() if path.name not in harmless and path.is_file()}
+        return True
+    wanted = {path.name: sha256(path) for path in source.iterdir() if path.name not in HARMLESS}
+    present = {path.name: sha256(path) for path in target.iterdir() if path.name not in HARMLESS and path.is_file()}
     if wanted != present:
         raise CheckError(f"{target} holds other files than the version", hint="find out who wrote them, and remove it")
-    return []
+    return False
 
 
 def replace(path: Path, content: bytes) -> None:

@@ -1,28 +1,24 @@
-"""The versions of products on disk: what was pushed, what Triton serves, and how one becomes the other.
+"""The versions of products: what was pushed, what Triton serves, and how one becomes the other.
 
-Two folders on one file system. The store keeps each pushed version as one tree, `<store>/<product>/<version>/`, with
-the history of the product beside it; Triton never looks there, and a push ends with one rename. The model repository
-holds what Triton serves: version folders are links to the store's files, and configurations name versions by number.
-S3-compatible stores are not here: another class with these methods would be one. Talks to no server. Called by
-`promotion` and the commands.
+Two places, both folders on one file system or both in S3. The store keeps each pushed version as one tree,
+`<store>/<product>/<version>/`, with the history of the product beside it; Triton never looks there, and a version is
+there once its manifest is, which comes last. The model repository holds what Triton serves: version folders are links
+to the store's files, in S3 copies, and configurations name versions by number. Talks to no server but the store's.
+Called by `promotion` and the commands.
 """
 
 from __future__ import annotations
 
-import fcntl
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import IO
+from pathlib import Path, PurePosixPath
 
 from pipeline.errors import CheckError, ConfigError
-from pipeline.model_files import copy_file, flush, flush_folder, link, move_in, replace, sha256
+from pipeline.model_files import HARMLESS, copy_file, link, sha256
+from pipeline.places import Where
 from pipeline.releases import (
     CONFIG,
-    HARMLESS,
     MANIFEST,
     TEACHER_VERSION,
     Event,
@@ -45,95 +41,94 @@ from pipeline.releases import (
 from pipeline.rollouts import Rollout, read_rollout
 from pipeline.servers import Triton
 from pipeline.signatures import SUFFIX, fault_of_signature, read_signature
+from pipeline.stores import Store, store_of
 
 _SIGNATURE = MANIFEST + SUFFIX
 _HISTORY = "history.jsonl"
 # In a version that was served before it was ever pushed: its configurations may have been tuned since.
 _ADOPTED = "adopted"
-_INCOMING = ".incoming-"
 
 
 class ModelRepository:
-    """The two folders. Methods that change something are called under `locked`."""
+    """The two places. Methods that change something are called under `locked`."""
 
-    def __init__(self, models: Path, store: Path, signer: Path | None = None) -> None:
+    def __init__(self, models: Where, store: Where, signer: Path | None = None) -> None:
         """`signer`: the file of public keys without whose signature no version is pushed or promoted."""
         self.models = models
-        self._store = store
+        self._models = store_of(models)
+        self._store = store_of(store)
         self._signer = signer
+        self._copies: Path | None = None  # of versions that are not on this machine, under `locked`
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other commands out; remove what a killed one left half copied. Raises CheckError when one is at work."""
-        if not self.models.is_dir():
+        if not self._models.exists():
             raise ConfigError(f"model repository {self.models} does not exist", hint="correct triton.models_repo")
         try:
-            self._store.mkdir(parents=True, exist_ok=True)
-            with (self._store / "lock").open("w") as lock:
-                self._lock(lock)
-                for left in self._store.glob(f"{_INCOMING}*"):
-                    shutil.rmtree(left)
+            with self._store.locked(), self._store.incoming() as self._copies:
                 yield
         except OSError as error:
-            words = f"{error.filename or self._store}: {error.strerror or error}"
+            words = f"{error.filename or self._store.path()}: {error.strerror or error}"
             raise CheckError(words, hint="look at the rights of this user and the room on the disk") from error
-
-    def _lock(self, lock: IO[str]) -> None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckError(f"another command is at work on {self._store}", hint="try again when it ends") from None
+        finally:
+            self._copies = None
 
     # What is there
 
     def products(self) -> list[str]:
         """Name every product that is served or was pushed."""
-        served = (path.parent.name for path in self.models.glob(f"*/{MANIFEST}"))
-        pushed = (
-            path.parents[1].name for path in self._store.glob(f"*/*/{MANIFEST}") if path.parents[1].name[0] != "."
-        )
+        served = (name.split("/")[0] for name in self._models.names(f"*/{MANIFEST}"))
+        pushed = (name.split("/")[0] for name in self._store.names(f"*/*/{MANIFEST}") if name[0] != ".")
         return sorted({*served, *pushed})
 
     def promoted(self, product: str) -> Release | None:
         """Read the manifest that the lines read; None when the product has none yet. Raises CheckError."""
-        return _manifest(self.models / product / MANIFEST)
+        return _manifest(self._models, f"{product}/{MANIFEST}")
 
     def pushed(self, product: str) -> dict[int, Release | CheckError]:
         """Read the manifest of each version in the store, unchecked; an error where it cannot be read."""
         found: dict[int, Release | CheckError] = {}
-        for path in self._store.glob(f"{product}/[0-9]*/{MANIFEST}"):
+        for name in self._store.names(f"{product}/[0-9]*/{MANIFEST}"):
             try:
-                found[int(path.parent.name)] = parse_release(path.read_bytes(), str(path))
+                release = _manifest(self._store, name)
             except CheckError as error:
-                found[int(path.parent.name)] = error
+                found[int(name.split("/")[1])] = error
+            else:
+                found |= {} if release is None else {int(name.split("/")[1]): release}
         return dict(sorted(found.items()))
 
     def is_signed(self, product: str, version: int) -> bool:
         """Whether a version has a signature, of whomever."""
-        return (self.tree(product, version) / _SIGNATURE).is_file()
+        return bool(self._store.names(f"{product}/{version}/{_SIGNATURE}"))
 
     def history(self, product: str) -> list[Event]:
         """List the product's promotions and rollbacks, oldest first."""
-        path = self._store / product / _HISTORY
-        return parse_history(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else []
+        name = f"{product}/{_HISTORY}"
+        return parse_history((self._store.read(name) or b"").decode(errors="replace"), self._store.path(name))
 
     def tree(self, product: str, version: int) -> Path:
-        """Give the folder of a pushed version."""
-        return self._store / product / str(version)
+        """Give the folder of a pushed version, or a copy of it."""
+        if self._copies is not None and (copy := self._copies / product / str(version)).is_dir():
+            return copy
+        return self._store.fetch(f"{product}/{version}", self._copies)
 
     def config(self, model: str) -> ModelConfig | None:
         """Read the configuration with which a model is served; None when there is no such model. Raises CheckError."""
-        path = self.models / model / CONFIG
-        return parse_config(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
+        text, name = self.read(model, CONFIG), self._models.path(f"{model}/{CONFIG}")
+        return None if text is None else parse_config(text.decode(errors="replace"), name)
+
+    def read(self, model: str, name: str) -> bytes | None:
+        """Give a file of a served model; None when it is not there."""
+        return self._models.read(f"{model}/{name}")
 
     def checked(self, product: str, version: int) -> Release:
         """Read a pushed version after checking its signature and every file of it anew. Raises CheckError."""
-        tree = self.tree(product, version)
-        release = _manifest(tree / MANIFEST)
+        release = _manifest(self._store, f"{product}/{version}/{MANIFEST}")
         if release is None:
             versions = ", ".join(map(str, self.pushed(product))) or "none"
             raise CheckError(f"{product} has no version {version}; pushed are: {versions}", hint="push it first")
-        self._check(tree, release)
+        self._check(self.tree(product, version), release)
         return release
 
     def configs(self, release: Release) -> dict[str, ModelConfig]:
@@ -161,7 +156,7 @@ class ModelRepository:
     def push(self, source: Path) -> tuple[Release, bool]:
         """Copy the version that an exported product's folder describes into the store, whole and checked, or not at
         all; gives it, and whether it is new. Raises CheckError."""
-        release = _manifest(source / MANIFEST)
+        release = _manifest(store_of(source), MANIFEST)
         if release is None:
             raise CheckError(f"{source} has no {MANIFEST}", hint="name the product's folder that was exported")
         return release, self._take(source, release, adopted=False)
@@ -169,16 +164,20 @@ class ModelRepository:
     def adopt(self, product: str) -> None:
         """Keep the version that is served, if it was never pushed, so that a rollback can return to it."""
         release = self.promoted(product)
-        if release is not None and not (self.tree(product, release.version) / MANIFEST).is_file():
-            self._take(self.models / product, release, adopted=True)
+        if release is None or self._is_there(release):
+            return
+        copies = None if self._copies is None else self._copies / "served"
+        for model in dict.fromkeys((product, *(name.split("/")[0] for name in release.files))):
+            source = self._models.fetch(model, copies)
+        self._take(source.with_name(product), release, adopted=True)
 
-    def place(self, release: Release, configs: dict[str, ModelConfig]) -> Iterator[Path]:
+    def place(self, release: Release, configs: dict[str, ModelConfig]) -> Iterator[str]:
         """Link a version's folders into the model repository; gives each that is new, once it is there.
 
-        A model that is new comes with its configuration of `configs`, as one rename. Serves nothing: the configurations
-        that are there do not name it.
+        A model that is new comes with its configuration of `configs`, in a folder as one rename. Serves nothing: the
+        configurations that are there do not name it.
         """
-        with self._incoming() as stage:
+        with self._store.incoming() as stage:
             for model, config in configs.items():
                 version = str(_folder_of(config, release))
                 folder = stage / model / version
@@ -188,24 +187,35 @@ class ModelRepository:
                 if is_ensemble(config):
                     (folder / ".gitkeep").touch()  # Triton wants the folder, and Git keeps no empty one
                 (stage / model / CONFIG).write_text(config_text(config), encoding="utf-8")
-                target = self.models / model
-                source = stage / model if not target.exists() else folder
-                yield from move_in(source, target if not target.exists() else target / version, HARMLESS)
+                self._store.hold()
+                is_there = bool(self._models.folders(model))
+                source, target = (folder, f"{model}/{version}") if is_there else (stage / model, model)
+                if self._models.add(source, target, head="" if is_there else CONFIG):
+                    yield target
 
     def prune(self, product: str, keep: int, *, dry_run: bool) -> list[int]:
-        """Remove old versions, see `prunable`, from both folders; gives them. Teachers stay: products share them."""
+        """Remove old versions, see `prunable`, from both places, and what a killed push left; gives the versions.
+
+        Teachers stay: products share them.
+        """
         release = self.promoted(product)
         if release is None:
             raise CheckError(f"no version of {product} is promoted: nothing is older than it")
-        models = [product, *(path.name for path in self.models.glob(f"{product}.*"))]
-        folders = [path for model in models for path in (self.models / model).glob("[0-9]*") if path.name.isdecimal()]
-        there = {int(path.name) for path in folders} | self.pushed(product).keys()
+        models = [product, *self._models.folders(f"{product}.*")]
         served = [version for model in models if (config := self.config(model)) for version in versions_of(config)]
+        placed = [name for model in models for name in _numbered(self._models, model)]
+        pushed, stored = self.pushed(product), _numbered(self._store, product)
+        there = {_number(name) for name in placed} | pushed.keys()
         old = prunable(sorted(there), release.version, served, self.history(product), keep)
-        for version in () if dry_run else old:
+        for name in () if dry_run else stored:
             # The store first: what is no more there cannot be promoted, whatever is left of it.
-            for path in [self.tree(product, version), *(path for path in folders if int(path.name) == version)]:
-                shutil.rmtree(path, ignore_errors=not path.exists())
+            if _number(name) in old or _number(name) not in pushed:
+                self._store.hold()
+                self._store.remove(name, head=MANIFEST)
+        for name in () if dry_run else placed:
+            if _number(name) in old:
+                self._store.hold()
+                self._models.remove(name)
         return old
 
     def pin(self, release: Release) -> None:
@@ -222,53 +232,55 @@ class ModelRepository:
     def addressed(self, product: str) -> list[str]:
         """Name the ensembles of single versions of a product that are in the model repository."""
         named = re.compile(re.escape(product) + r"\.v[1-9][0-9]*")
-        return sorted(path.name for path in self.models.glob(f"{product}.v*") if named.fullmatch(path.name))
+        return [name for name in self._models.folders(f"{product}.v*") if named.fullmatch(name)]
 
     def write(self, model: str, name: str, content: bytes) -> bytes | None:
         """Replace a file of a model as a whole; gives what was there. One that is the same is left alone."""
-        path = self.models / model / name
-        before = path.read_bytes() if path.is_file() else None
-        if before != content:
-            replace(path, content)
-        return before
+        self._store.hold()
+        return self._models.write(f"{model}/{name}", content)
 
-    def read(self, release: Release, name: str = MANIFEST) -> bytes | None:
+    def remove(self, name: str) -> None:
+        """Remove a model, a folder or a file from the model repository; nothing when it is not there."""
+        self._store.hold()
+        self._models.remove(name, head=CONFIG)
+
+    def as_pushed(self, release: Release, name: str = MANIFEST) -> bytes | None:
         """Give the manifest of a pushed version as it is written, or its signature by `name`."""
-        path = self.tree(release.product, release.version) / name
-        return path.read_bytes() if path.is_file() else None
+        return self._store.read(f"{release.product}/{release.version}/{name}")
 
     def record(self, product: str, event: Event) -> None:
         """Add an event to the product's history."""
-        path = self._store / product / _HISTORY
-        before = path.read_bytes() if path.is_file() else b""
-        replace(path, before + event.model_dump_json().encode() + b"\n")
+        self._store.hold()
+        name = f"{product}/{_HISTORY}"
+        self._store.write(name, (self._store.read(name) or b"") + event.model_dump_json().encode() + b"\n")
 
     # Parts
 
+    def _is_there(self, release: Release) -> bool:
+        return bool(self._store.names(f"{release.product}/{release.version}/{MANIFEST}"))
+
     def _take(self, source: Path, release: Release, *, adopted: bool) -> bool:
-        target = self.tree(release.product, release.version)
+        target = f"{release.product}/{release.version}"
         if source.resolve().name != release.product or (faults := name_faults(release)):
             faults = faults if source.resolve().name == release.product else [f"is of product {release.product!r}"]
             raise CheckError(f"{source / MANIFEST}: {'; '.join(faults)}", hint="export the product again")
-        present = _manifest(target / MANIFEST)
+        present = _manifest(self._store, f"{target}/{MANIFEST}")
         if present is not None and present.model_sha256 != release.model_sha256:
             raise CheckError(
                 f"{release.product} has another version {release.version} already",
                 hint="export into a model repository that holds the earlier versions: there it gets the next number",
             )
-        if present is not None and not (target / _ADOPTED).is_file():
+        if present is not None and not self._store.names(f"{target}/{_ADOPTED}"):
             return False
-        with self._incoming() as stage:
-            _copy(source, release, stage)
+        with self._store.incoming() as stage:
+            tree = stage / "version"
+            tree.mkdir()
+            _copy(source, release, tree)
             if adopted:
-                (stage / _ADOPTED).touch()
-            self._check(stage, release, signature=not adopted)
-            target.parent.mkdir(exist_ok=True)
-            flush(stage)
-            if target.exists():
-                target.rename(stage.with_name(stage.name + "-replaced"))
-            stage.rename(target)
-            flush_folder(target.parent)
+                (tree / _ADOPTED).touch()
+            self._check(tree, release, signature=not adopted)
+            self._store.hold()
+            self._store.add(tree, target, head=MANIFEST, instead=True)
         return True
 
     def _check(self, tree: Path, release: Release, *, signature: bool = True) -> None:
@@ -286,23 +298,10 @@ class ModelRepository:
             words = f"{release.product} version {release.version}: {'; '.join(faults)}"
             raise CheckError(words, hint="nothing was changed; export or copy it again")
 
-    @contextmanager
-    def _incoming(self) -> Iterator[Path]:
-        """A folder in the store for what is not whole yet."""
-        stage = Path(tempfile.mkdtemp(prefix=_INCOMING, dir=self._store))
-        stage.chmod(0o755)
-        try:
-            yield stage
-        finally:
-            for left in self._store.glob(f"{stage.name}*"):
-                shutil.rmtree(left)
-
 
 def repository_of(settings: Triton) -> ModelRepository:
     """Give the repository of a line file."""
-    models = settings.models_repo
-    store = settings.model_store or models.with_name(f"{models.name}.versions")
-    return ModelRepository(models, store, settings.signer_file)
+    return ModelRepository(settings.models_repo, settings.versions, settings.signer_file)
 
 
 def _folder_of(config: ModelConfig, release: Release) -> int:
@@ -312,8 +311,17 @@ def _folder_of(config: ModelConfig, release: Release) -> int:
     return TEACHER_VERSION if config.name == release.teacher.model else release.version
 
 
-def _manifest(path: Path) -> Release | None:
-    return parse_release(path.read_bytes(), str(path)) if path.is_file() else None
+def _manifest(store: Store, name: str) -> Release | None:
+    content = store.read(name)
+    return None if content is None else parse_release(content, store.path(name))
+
+
+def _numbered(store: Store, folder: str) -> list[str]:
+    return [name for name in store.folders(f"{folder}/[0-9]*") if PurePosixPath(name).name.isdecimal()]
+
+
+def _number(name: str) -> int:
+    return int(PurePosixPath(name).name)
 
 
 def _configs(tree: Path, release: Release) -> dict[str, ModelConfig]:

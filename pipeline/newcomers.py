@@ -15,17 +15,18 @@ from collections.abc import Collection
 
 import structlog
 
-from pipeline.errors import CheckError, ConfigError
+from pipeline.errors import CheckError, ConfigError, DependencyError
 from pipeline.inference import InferenceClient
 from pipeline.manifest import Manifest, Manifests, other_pictures, products_in, read_manifest
 from pipeline.metrics import Metrics
+from pipeline.places import S3Address
 from pipeline.rollouts import Rollout, read_candidate, read_rollout
 from pipeline.servers import Triton
 from pipeline.thresholds import ThresholdCache
 
 LOOK_EVERY_S = 2.0
 AGAIN_EVERY_S = 10.0
-"""While something is refused: each look probes every replica with it."""
+"""While something is refused, for each look probes every replica with it; and in S3, where each look is paid for."""
 _VERSIONS = 4
 _STAGE = "new versions"
 
@@ -60,6 +61,7 @@ class Newcomers:
         self._rollouts: dict[str, Rollout] = {}
         self._unfit: dict[str, str] = {}
         self._versions: dict[str, deque[Manifest]] = {}
+        self._unread = ""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=_STAGE, daemon=True)
 
@@ -84,7 +86,20 @@ class Newcomers:
         return rollout, self._unfit.get(product) or self._inference.candidate_fault(product)
 
     def look(self) -> None:
-        """Take everything that can be judged from now on; of the rest say why not, once."""
+        """Take everything that can be judged from now on; of the rest say why not, once. While the repository's own
+        server is away, all stays as it is."""
+        try:
+            self._look()
+        except DependencyError as error:
+            if not self._unread:
+                log.warning("model repository not read; the versions in force go on", error=str(error), hint=error.hint)
+            self._unread = str(error)
+        else:
+            if self._unread:
+                log.info("model repository read again")
+            self._unread = ""
+
+    def _look(self) -> None:
         there = products_in(self._models_repo)
         for product in self._faults.keys() - there:
             self._settle(product)
@@ -191,7 +206,10 @@ class Newcomers:
             self._metrics.versions_refused.labels(product).set(0)
 
     def _run(self) -> None:
-        while not self._stop.wait(AGAIN_EVERY_S if self._faults or any(self._unfit.values()) else LOOK_EVERY_S):
+        in_s3 = isinstance(self._models_repo, S3Address)
+        while not self._stop.wait(
+            AGAIN_EVERY_S if in_s3 or self._faults or any(self._unfit.values()) else LOOK_EVERY_S
+        ):
             try:
                 self.look()
             except Exception:  # the thread's top frame: the line goes on with what it knows, and the fault is seen

@@ -11,15 +11,13 @@ leaves serves one whole version; the same command again completes it. Called by 
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Literal
 
-from pipeline.errors import CheckError
+from pipeline.errors import CheckError, LineError
 from pipeline.manifest import ensemble_of, other_pictures
 from pipeline.model_control import ModelControl, Scores
 from pipeline.model_repository import ModelRepository
@@ -66,7 +64,7 @@ class _Work:
     plan: Plan
     scores: Scores = field(default_factory=dict)
     files: list[tuple[str, str, bytes | None]] = field(default_factory=list)
-    folders: list[Path] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
 
 
 def plan_of(
@@ -178,7 +176,7 @@ def stop_trial(repository: ModelRepository, control: ModelControl, product: str,
     if rollout is None or current is None:
         raise CheckError(f"no version of {product} is on trial", hint="`logicrd models list` shows what is")
     for name in _TRIAL_FILES:
-        (repository.models / product / name).unlink(missing_ok=True)
+        repository.remove(f"{product}/{name}")
     repository.record(product, _event("stop", rollout.version, None, by, reason, rollout.model_sha256))
     _forget(repository, control, ensemble_of(product, rollout.version))
     for model in repository.own_steps(current):
@@ -242,7 +240,10 @@ def _all_or_nothing(work: _Work) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # whatever it was, also Ctrl-C: what was served is served again
-        faults = _undo(work)
+        lasting, faults = _undo(work)
+        if lasting:
+            words = f"{error}; what it had written is still in the repository: {'; '.join(lasting)}"
+            raise CheckError(words, hint="give the same command again when it can be written to") from error
         if faults:
             words = f"{error}; put back on disk, but not everywhere in memory: {'; '.join(faults)}"
             raise CheckError(words, hint="restart those replicas") from error
@@ -269,7 +270,7 @@ def _switch(work: _Work, ensemble: str) -> None:
 
 def _forget(repository: ModelRepository, control: ModelControl, ensemble: str) -> None:
     # The folder first: a server that starts meanwhile must not find an ensemble whose steps go.
-    shutil.rmtree(repository.models / ensemble, ignore_errors=True)
+    repository.remove(ensemble)
     control.unload(ensemble)
 
 
@@ -280,10 +281,10 @@ def _place(work: _Work, configs: dict[str, ModelConfig]) -> None:
 
 def _write_manifest(work: _Work, name: str = MANIFEST) -> None:
     """Tell the lines: they read this file."""
-    signature = work.repository.read(work.release, MANIFEST + SUFFIX)
+    signature = work.repository.as_pushed(work.release, MANIFEST + SUFFIX)
     if signature is not None:
         _write(work, work.release.product, name + SUFFIX, signature)
-    _write(work, work.release.product, name, work.repository.read(work.release) or b"")
+    _write(work, work.release.product, name, work.repository.as_pushed(work.release) or b"")
 
 
 def _write(work: _Work, model: str, name: str, content: bytes) -> None:
@@ -294,30 +295,36 @@ def _write(work: _Work, model: str, name: str, content: bytes) -> None:
 
 def _remove(work: _Work, name: str) -> None:
     _note(work, work.release.product, name)
-    (work.repository.models / work.release.product / name).unlink(missing_ok=True)
+    work.repository.remove(f"{work.release.product}/{name}")
 
 
 def _note(work: _Work, model: str, name: str) -> None:
-    path = work.repository.models / model / name
-    work.files.append((model, name, path.read_bytes() if path.is_file() else None))
+    work.files.append((model, name, work.repository.read(model, name)))
 
 
-def _undo(work: _Work) -> list[str]:
-    """Put files and folders back, and tell the replicas; gives what went wrong."""
+def _undo(work: _Work) -> tuple[list[str], list[str]]:
+    """Put files and folders back, and tell the replicas; gives what went wrong with the first and with the second."""
     repository, configs = work.repository, work.plan.configs
-    new = [model for model in configs if repository.models / model in work.folders]
+    new, lasting = [model for model in configs if model in work.folders], []
+
+    def change(what: Callable[..., object], *arguments: object) -> None:
+        try:
+            what(*arguments)
+        except (LineError, OSError) as error:
+            lasting.append(str(error))
+
     for model in new:
         if is_ensemble(configs[model]):  # first: what it names goes
-            shutil.rmtree(repository.models / model, ignore_errors=True)
+            change(repository.remove, model)
     for model, name, content in reversed(work.files):
         if model in new:
             continue
         if content is None:
-            (repository.models / model / name).unlink(missing_ok=True)
+            change(repository.remove, f"{model}/{name}")
         else:
-            repository.write(model, name, content)
+            change(repository.write, model, name, content)
     kept = [model for model in configs if model not in new]
     faults = work.control.put_back(kept, list(reversed(new)))
     for folder in work.folders:
-        shutil.rmtree(folder, ignore_errors=True)
-    return faults
+        change(repository.remove, folder)
+    return lasting, faults

@@ -29,8 +29,6 @@ ModelConfig: TypeAlias = Any  # a protobuf message of tritonclient, which has no
 MANIFEST = "manifest.json"
 CONFIG = "config.pbtxt"
 TEACHER_VERSION = 1
-# What Git and Python leave in a version's folder, and no server reads.
-HARMLESS = frozenset({".gitkeep", "__pycache__"})
 _FILE = re.compile(r"(?P<model>[a-z][a-z0-9._-]*)/((?P<version>[1-9][0-9]*)/)?(?P<name>[A-Za-z0-9_][A-Za-z0-9_.-]*)")
 _PRODUCT = re.compile(r"[a-z][a-z0-9-]{0,39}")
 _BACKENDS = frozenset({"onnxruntime", "python"})

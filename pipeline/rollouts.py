@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ConfigError, first_fault
 from pipeline.manifest import Manifest, Sha256, manifest_at
+from pipeline.places import Where
+from pipeline.stores import store_of
 
 ROLLOUT = "rollout.json"
 CANDIDATE = "candidate.json"
@@ -43,13 +45,13 @@ class Rollout(BaseModel):
         return number < self.percent / 100 * _RANGE
 
 
-def read_rollout(models_repo: Path, product: str) -> Rollout | None:
-    """Read what is tried of a product; None when nothing is. Raises ConfigError."""
-    path = models_repo / product / ROLLOUT
+def read_rollout(models_repo: Where, product: str) -> Rollout | None:
+    """Read what is tried of a product; None when nothing is. Raises ConfigError, for S3 also DependencyError."""
+    store, name = store_of(models_repo), f"{product}/{ROLLOUT}"
+    path = store.path(name)
     try:
-        return Rollout.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
+        content = store.read(name)
+        return None if content is None else Rollout.model_validate_json(content)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
@@ -57,11 +59,11 @@ def read_rollout(models_repo: Path, product: str) -> Rollout | None:
         raise ConfigError(f"{path}: {first_fault(error)}", hint=hint) from None
 
 
-def read_candidate(models_repo: Path, product: str, rollout: Rollout, signer: Path | None = None) -> Manifest:
+def read_candidate(models_repo: Where, product: str, rollout: Rollout, signer: Path | None = None) -> Manifest:
     """Read the manifest of the version that is tried, as `manifest_at` does. Raises ConfigError, also when it is
     another one's."""
-    path = models_repo / product / CANDIDATE
-    manifest = manifest_at(path, signer)
-    if manifest.model_sha256 != rollout.model_sha256:
+    manifest = manifest_at(models_repo, name := f"{product}/{CANDIDATE}", signer)
+    if manifest is None or manifest.model_sha256 != rollout.model_sha256:
+        path = store_of(models_repo).path(name)
         raise ConfigError(f"{path} is not the manifest of version {rollout.version} of {product!r}")
     return manifest

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.cameras import Block, Positive, without_credentials
+from pipeline.places import Place, Where, beside
 
 _ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 
@@ -44,15 +45,17 @@ class Triton(Block):
     resolve_interval_s: Positive = 10.0
     """How often names are looked up again: a new replica gets its share, and one that is gone is left, this much later
     at most, and a probe of it."""
-    models_repo: Path = Path("models_repo")
-    """The model repository that the server serves; the line reads the manifests in it."""
+    models_repo: Place = Path("models_repo")
+    """The model repository that the server serves; the line reads the manifests in it. A folder, or a bucket as Triton
+    names it: `s3://https://host:port/bucket/prefix`, or `s3://bucket/prefix` for AWS. Keys are taken from the SDK's
+    environment or files. Needs the extra `logicrd[s3]`."""
     max_in_flight: Annotated[int, Field(ge=1, le=64)] = 3
     """Batches under way at once for each replica; more fills the server's gaps, fewer makes larger batches."""
     startup_timeout_s: Positive = 10.0
     """How long the start waits for a replica to be ready."""
-    model_store: Path | None = None
-    """Folder of every version that `logicrd models push` took, on the file system of `models_repo`; unset: beside it,
-    `<models_repo>.versions`."""
+    model_store: Place | None = None
+    """Where every version is that `logicrd models push` took: a folder on the file system of `models_repo`, or a bucket
+    where that is one; unset: beside it, `<models_repo>.versions`."""
     control_key_file: Path | None = None
     """File of the key for Triton's model control, the value of its header `triton-grpc-protocol-logicrd`; only
     `logicrd models` uses it."""
@@ -69,6 +72,17 @@ class Triton(Block):
             if not _ADDRESS.fullmatch(each) or not 0 < int(each.rpartition(":")[2]) <= 65535:
                 raise ValueError(f"{each!r} is not `host:port`")
         return address
+
+    @model_validator(mode="after")
+    def _are_of_one_kind(self) -> Triton:
+        if isinstance(self.models_repo, Path) is not isinstance(self.versions, Path):
+            raise ValueError("`models_repo` and `model_store` are two folders or two addresses `s3://...`")
+        return self
+
+    @property
+    def versions(self) -> Where:
+        """Where every pushed version is."""
+        return beside(self.models_repo, ".versions") if self.model_store is None else self.model_store
 
     @property
     def addresses(self) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +41,14 @@ class Stack:
 
     def pid(self, component: str) -> int:
         return self.state()["components"][component]["pid"]
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    """The commands set up logging for a process of their own: put it back."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
 
 
 @pytest.fixture(scope="session")

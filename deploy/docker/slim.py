@@ -26,6 +26,8 @@ DROPPED_FOLDERS = ("tests", "numpy/typing/tests", "numpy/f2py", "numpy/distutils
 DROPPED_FILES = ("*.pyi", "*.pyx", "*.pxd", "*.a", "*.h", "*.c")
 # Rich shows tracebacks in colour by the first one; the other 500 languages are not spoken here.
 LEXERS = {"__init__.py", "_mapping.py", "python.py", "special.py"}
+# Botocore describes every service of AWS; the line asks for S3, and for what gives out the keys to it.
+SERVICES = {"s3", "sts", "sso", "sso-oidc", "signin"}
 
 
 def main(site_packages: Path) -> None:
@@ -51,6 +53,9 @@ def drop(packages: Path) -> None:
     for lexer in (packages / "pygments/lexers").glob("*.py"):
         if lexer.name not in LEXERS:
             lexer.unlink()
+    for service in (packages / "botocore/data").glob("*/"):
+        if service.name not in SERVICES:
+            shutil.rmtree(service)
 
 
 def hollow(library: Path, functions: list[str], answer: int) -> None:

@@ -40,6 +40,7 @@ RUN apt-get update \
 COPY --from=build /opt/logicrd/venv /opt/logicrd/venv
 ENV PATH=/opt/logicrd/venv/bin:/usr/local/bin:/usr/bin:/bin PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 RUN python -c "import av, cv2, kafka, redis, tritonclient.grpc, PIL.Image, rich.traceback; av.CodecContext.create('hevc', 'r')" \
+ && python -c "import boto3; boto3.client('s3', region_name='us-east-1'); boto3.client('sts', region_name='us-east-1')" \
  && python -c "import cv2, numpy; assert cv2.solve(numpy.eye(9), numpy.ones((9, 1)), flags=cv2.DECOMP_SVD)[1].sum() > 8.99"
 
 FROM base AS camera

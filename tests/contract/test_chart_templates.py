@@ -221,6 +221,23 @@ def test_a_bucket_is_read_with_credentials_from_a_file():
     assert copy["args"][1] == ":s3:models/line-7"
 
 
+def test_a_bucket_can_be_read_without_a_copy():
+    """Triton and the line file name the same bucket; each container that reads it has the key's file, and no pod copies
+    or mounts models."""
+    manifests = render("full-values.yaml", {"triton": {"modelRepository": {"s3": {"direct": True}}}})
+    address = "s3://https://minio.data:9000/models/line-7"
+    assert f"--model-repository={address} " in triton_of(manifests)["args"][0]
+    lines = [yaml.safe_load(each["data"]["line.yaml"]) for each in manifests if "line.yaml" in each.get("data", {})]
+    assert {line["triton"]["models_repo"] for line in lines} == {address}
+    for name, spec in pods(manifests).items():
+        assert "initContainers" not in spec, name
+        assert "models" not in [volume["name"] for volume in spec["volumes"]], name
+        container = spec["containers"][0]
+        variables = {each["name"]: each.get("value") for each in container["env"]}
+        assert variables["AWS_SHARED_CREDENTIALS_FILE"] == "/etc/s3/credentials", name
+        assert "/etc/s3" in [mount["mountPath"] for mount in container["volumeMounts"]], name
+
+
 def test_triton_by_tls_and_without():
     """By default gRPC has the certificate of the secret, and the workers its authority; off, neither."""
     manifests = render()

@@ -137,6 +137,11 @@ def test_large_numbers_stay_numbers():
         ("triton: {enabled: false}", "triton.externalAddresses is empty"),
         ("triton: {modelRepository: {pvc: {claimName: ''}}}", "triton.modelRepository names 0 places"),
         ("triton: {modelRepository: {s3: {bucket: b}}}", "triton.modelRepository names 2 places (pvc, s3)"),
+        ("triton: {modelRepository: {s3: {direct: true}}}", "s3.direct without s3.bucket"),
+        (
+            "triton: {modelRepository: {pvc: {claimName: ''}, s3: {bucket: b, endpoint: 'https://s3', direct: true}}}",
+            "is not https://host:port",
+        ),
         ("kafka: {bootstrap: []}", "kafka.bootstrap is empty"),
         ("redis: {url: ''}", "redis.url is empty"),
         ("networkPolicy: {redis: []}", "networkPolicy.redis is empty"),

@@ -51,7 +51,7 @@
 {{- define "logicrd.tritonBlock" -}}
 {{- $triton := .Values.triton -}}
 {{- $own := printf "%s:8001" (include "logicrd.tritonName" .) -}}
-{{- $block := merge (dict "address" (ternary $own $triton.externalAddresses $triton.enabled) "models_repo" "/models") .Values.config.triton -}}
+{{- $block := merge (dict "address" (ternary $own $triton.externalAddresses $triton.enabled) "models_repo" (include "logicrd.models" .)) .Values.config.triton -}}
 {{- if $triton.tls.enabled -}}
 {{- $_ := set $block "tls" (dict "ca_file" "triton/ca/ca.crt") -}}
 {{- end -}}

@@ -43,9 +43,34 @@ topologySpreadConstraints:
 {{- end }}
 {{- end -}}
 
+{{/* Where the models are: a folder of each pod, or the bucket itself, as Triton names it. */}}
+{{- define "logicrd.models" -}}
+{{- $s3 := .Values.triton.modelRepository.s3 -}}
+{{- if and $s3.bucket $s3.direct -}}
+s3://{{ trimSuffix "/" $s3.endpoint }}/{{ trimSuffix "/" (printf "%s/%s" $s3.bucket $s3.prefix) }}
+{{- else -}}
+/models
+{{- end -}}
+{{- end -}}
+
+{{/* What a container needs that reads the bucket itself. */}}
+{{- define "logicrd.modelsEnv" -}}
+{{- $s3 := .Values.triton.modelRepository.s3 -}}
+{{- if and $s3.bucket $s3.direct }}
+{{- with $s3.region }}
+- {name: AWS_REGION, value: {{ . | quote }}}
+- {name: AWS_DEFAULT_REGION, value: {{ . | quote }}}
+{{- end }}
+{{- if $s3.credentialsSecret }}
+- {name: AWS_SHARED_CREDENTIALS_FILE, value: /etc/s3/credentials}
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{/* The model repository: a volume called `models`. */}}
 {{- define "logicrd.modelsVolume" -}}
 {{- $source := .Values.triton.modelRepository -}}
+{{- if not (and $source.s3.bucket $source.s3.direct) }}
 - name: models
   {{- if $source.pvc.claimName }}
   persistentVolumeClaim: {claimName: {{ $source.pvc.claimName }}, readOnly: true}
@@ -56,6 +81,7 @@ topologySpreadConstraints:
   {{- else }}
   emptyDir: {sizeLimit: {{ $source.s3.sizeLimit }}}
   {{- end }}
+{{- end }}
 {{- if and $source.s3.bucket $source.s3.credentialsSecret }}
 - name: s3-credentials
   secret: {secretName: {{ $source.s3.credentialsSecret }}, defaultMode: 0440}
@@ -64,18 +90,24 @@ topologySpreadConstraints:
 
 {{- define "logicrd.modelsMount" -}}
 {{- $source := .Values.triton.modelRepository -}}
+{{- if and $source.s3.bucket $source.s3.direct }}
+{{- if $source.s3.credentialsSecret }}
+- {name: s3-credentials, mountPath: /etc/s3, readOnly: true}
+{{- end }}
+{{- else }}
 - name: models
   mountPath: /models
   readOnly: true
   {{- with ternary $source.pvc.subPath $source.image.subPath (ne $source.pvc.claimName "") }}
   subPath: {{ . }}
   {{- end }}
+{{- end }}
 {{- end -}}
 
 {{/* Copies the bucket before the pod's own container starts; nothing for the other kinds of repository. */}}
 {{- define "logicrd.modelsCopy" -}}
 {{- $s3 := .Values.triton.modelRepository.s3 -}}
-{{- if $s3.bucket }}
+{{- if and $s3.bucket (not $s3.direct) }}
 - name: models
   image: {{ include "logicrd.image" $s3.image }}
   imagePullPolicy: {{ $s3.image.pullPolicy }}

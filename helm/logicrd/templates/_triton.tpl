@@ -10,7 +10,7 @@ gRPC serves inference, by TLS. HTTP has no TLS in Triton, so that it answers hea
 {{- $triton := .Values.triton -}}
 KEY=$(cat /etc/triton/admin/key 2>/dev/null || head -c 32 /dev/urandom | base64 | tr -d '=+/')
 exec tritonserver \
-  --model-repository=/models \
+  --model-repository={{ include "logicrd.models" . }} \
   --model-control-mode=explicit \
   --strict-readiness=false \
   {{- range $triton.models }}

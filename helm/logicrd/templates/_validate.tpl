@@ -99,8 +99,15 @@ Values that the schema cannot judge: each wrong one ends the render with a sente
 {{- if $source.image.repository -}}
 {{- include "logicrd.validateImage" (list "triton.modelRepository.image" $source.image) -}}
 {{- end -}}
+{{- if and $source.s3.direct (not $source.s3.bucket) -}}
+{{- fail "triton.modelRepository.s3.direct without s3.bucket: name the bucket that Triton and the workers read" -}}
+{{- end -}}
 {{- if $source.s3.bucket -}}
+{{- if not $source.s3.direct -}}
 {{- include "logicrd.validateImage" (list "triton.modelRepository.s3.image" $source.s3.image) -}}
+{{- else if not (regexMatch "^https://[A-Za-z0-9.-]+:[0-9]+/?$" $source.s3.endpoint) -}}
+{{- fail (printf "triton.modelRepository.s3.endpoint %q is not https://host:port: Triton reads a bucket with a port alone" $source.s3.endpoint) -}}
+{{- end -}}
 {{- if not (hasPrefix "https://" $source.s3.endpoint) -}}
 {{- fail (printf "triton.modelRepository.s3.endpoint %q is not https://..." $source.s3.endpoint) -}}
 {{- end -}}

@@ -4,17 +4,8 @@ import json
 import sys
 
 import pytest
-import structlog
 
 from pipeline import cli
-
-
-@pytest.fixture(autouse=True)
-def _logs_as_before():
-    """The commands set up logging for a process of their own: put it back."""
-    before = structlog.get_config()
-    yield
-    structlog.configure(**before)
 
 
 @pytest.fixture

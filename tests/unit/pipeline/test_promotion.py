@@ -162,7 +162,7 @@ def killed_at(repository, monkeypatch, kill_at):
             raise Killed
         return write(model, name, content)
 
-    monkeypatch.setattr(promotion, "_undo", lambda *_: [])
+    monkeypatch.setattr(promotion, "_undo", lambda *_: ([], []))
     with monkeypatch.context() as patch:
         patch.setattr(repository, "write", killed)
         with pytest.raises(Killed):

@@ -1,0 +1,482 @@
+"""A model repository in S3, on a real server (versitygw): what the folder promises holds there, whatever goes wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import structlog
+import yaml
+from exported import PRODUCT, graph, heavier, shipped, tiny, write_manifest
+from s3_server import BUCKET, KEYS, S3Server, free_port
+from signers import make_keys
+from triton_server import Triton as TritonServer
+from triton_server import TritonPorts
+
+from pipeline import cli, promotion, s3_bucket, s3_lock, s3_store
+from pipeline.errors import CheckError, ConfigError, DependencyError
+from pipeline.manifest import Manifests, products_in, read_manifest
+from pipeline.metrics import Metrics
+from pipeline.model_control import ModelControl
+from pipeline.model_repository import ModelRepository
+from pipeline.newcomers import Newcomers
+from pipeline.places import parse_place
+from pipeline.promotion import promote, rollback
+from pipeline.s3_bucket import Bucket
+from pipeline.s3_lock import S3Lock
+from pipeline.servers import Triton
+from pipeline.signatures import sign
+from pipeline.stores import store_of
+
+ROOT = Path(__file__).parents[2]
+SECRET = KEYS["AWS_SECRET_ACCESS_KEY"]
+WRONG = SECRET[::-1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A server with TLS, known by a certificate of its own."""
+    folder = tmp_path_factory.mktemp("s3")
+    certificate = folder / "server.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=s3"
+    files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(certificate), "-out", str(folder / "ca.pem")]
+    subprocess.run([*command.split(), *files], check=True, capture_output=True)
+    certificate.write_text(certificate.read_text() + (folder / "ca.pem").read_text())
+    made = S3Server(folder, certificate)
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture(autouse=True)
+def keys(monkeypatch: pytest.MonkeyPatch, server: S3Server) -> None:
+    """The SDK's environment, and nothing of this machine's."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    nothing = {"AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}
+    for name, value in (KEYS | nothing | {"AWS_CA_BUNDLE": str(server.folder / "ca.pem")}).items():
+        monkeypatch.setenv(name, value)
+    store_of.cache_clear()
+    monkeypatch.setattr(s3_lock, "_RENEW_S", 0.4)
+    monkeypatch.setattr(s3_lock, "_LOOK_S", 0.3)
+    monkeypatch.setattr(S3Lock, "_free", in_a_hurry(4.0))
+
+
+def in_a_hurry(lease_s: float) -> Callable[[S3Lock], str | None]:
+    """Take a lock that is not renewed for so long; those who hold one may still be slow to renew it."""
+    free = S3Lock._free
+
+    def hurried(lock: S3Lock) -> str | None:
+        whole_s, s3_lock.LEASE_S = s3_lock.LEASE_S, lease_s
+        try:
+            return free(lock)
+        finally:
+            s3_lock.LEASE_S = whole_s
+
+    return hurried
+
+
+class Place:
+    """A repository of a test's own in the bucket; `disk` is the same, read past the server."""
+
+    def __init__(self, server: S3Server, prefix: str) -> None:
+        self.server, self.prefix = server, prefix
+        self.address = server.address(prefix)
+        self.root = server.buckets / BUCKET
+        self.disk = ModelRepository(self.root / prefix, self.root / f"{prefix}.versions")
+
+    def open(self) -> ModelRepository:
+        """As a command does it, with a client of its own."""
+        store_of.cache_clear()
+        return ModelRepository(parse_place(self.address), parse_place(f"{self.address}.versions"))
+
+    def objects(self) -> dict[str, bytes]:
+        found = self.server.objects(self.prefix)
+        return {name: content for name, content in found.items() if not name.endswith("/lock")}
+
+    def push(self, folder: Path) -> bool:
+        repository = self.open()
+        with repository.locked():
+            return repository.push(folder)[1]
+
+    def seed(self, folder: Path) -> None:
+        """Put an exported repository there, as an operator would with any tool."""
+        bucket = Bucket(parse_place(self.address))
+        for path in folder.rglob("*"):
+            if path.is_file():
+                bucket.put(path.relative_to(folder).as_posix(), path.read_bytes(), None)
+        version = json.loads((folder / PRODUCT / "manifest.json").read_text())["version"]
+        bucket.put(f"{PRODUCT}/{version}/.gitkeep", b"", None)
+
+
+@pytest.fixture
+def place(server: S3Server, tmp_path: Path) -> Place:
+    return Place(server, tmp_path.name.replace("_", "-"))
+
+
+class Servers:
+    """Replicas that do as they are told; real ones are below."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: {"one": 1.0} if name == "try_out" else []
+
+
+def test_the_commands_work_on_a_bucket(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line file that names a bucket: push, list, a broken push that changes no object, prune; no key is ever told."""
+    tiny(tmp_path / "served", 3)
+    place.seed(tmp_path / "served")
+    camera = {"id": "cam", "type": "folder", "path": ".", "product": PRODUCT, "station": "s"}
+    line = {"line": "line", "cameras": [camera], "triton": {"address": "127.0.0.1:9", "models_repo": place.address}}
+    (tmp_path / "line.yaml").write_text(yaml.safe_dump(line))
+    told = ""
+
+    def models(*words: object) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["logicrd", "models", *map(str, words), "-c", str(tmp_path / "line.yaml")])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        nonlocal told
+        told += captured.out + captured.err
+        return caught.value.code, captured.out, captured.err
+
+    assert models("push", tiny(tmp_path / "new", 4))[:2] == (0, f"{PRODUCT} version 4 pushed\n")
+    assert models("push", tmp_path / "new" / PRODUCT)[1] == f"{PRODUCT} version 4 was pushed before\n"
+    assert models("push", tiny(tmp_path / "old", 2))[0] == 0
+    before = place.objects()
+    broken = tiny(tmp_path / "broken", 5)
+    (broken.parent / f"{PRODUCT}.map/5/model.onnx").write_bytes(graph() + b"\0")
+    code, _, err = models("push", broken)
+    assert (code, "is not the manifest's" in err) == (5, True)
+    assert place.objects() == before
+    rows = json.loads(models("list", "--json")[1])
+    assert [(row["version"], row["state"]) for row in rows] == [(2, "pushed"), (3, "served"), (4, "pushed")]
+    left = place.root / f"{place.prefix}.versions/{PRODUCT}/9/model.onnx"
+    left.parent.mkdir()
+    left.write_bytes(b"of a push that was killed")
+    assert json.loads(models("prune", PRODUCT, "--json")[1])["removed"] == [2]
+    assert not [name for name in place.objects() if f"{PRODUCT}/2/" in name or f"{PRODUCT}/9/" in name]
+    assert models("promote", PRODUCT, 4)[0] == 4  # Triton is not there
+    assert SECRET not in told
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pipeline import s3_lock
+from pipeline.model_repository import ModelRepository
+from pipeline.places import parse_place
+from pipeline.s3_bucket import Bucket
+from pipeline.s3_lock import S3Lock
+put, at = Bucket.put, int(sys.argv[3])
+free = s3_lock.S3Lock._free
+def hurried(self):
+    s3_lock.LEASE_S = 1.0
+    try:
+        return free(self)
+    finally:
+        s3_lock.LEASE_S = 30.0
+s3_lock.S3Lock._free = hurried
+def counted(self, name, body, etag):
+    global at
+    at -= name != "lock"
+    if at < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return put(self, name, body, etag)
+Bucket.put = counted
+repository = ModelRepository(parse_place(sys.argv[1]), parse_place(sys.argv[1] + ".versions"))
+with repository.locked():
+    repository.push(Path(sys.argv[2]))
+    at = 0
+    counted(repository._store._bucket, "end", b"", None)
+"""
+
+
+def test_a_killed_push_is_not_seen_and_can_be_repeated(place: Place, tmp_path: Path) -> None:
+    """After kill -9 before any put but the last, no version is there; the next push completes it. After it, it is."""
+    folder = tiny(tmp_path / "export", 4)
+    files = len(json.loads((folder / "manifest.json").read_text())["files"])
+    # Files that are there already are not put again: the second is killed before the manifest, the third after it.
+    for kill_at, is_there in ((files // 2, False), (files - files // 2, False), (1, True)):
+        command = [sys.executable, "-c", KILLED, place.address, str(folder), str(kill_at)]
+        assert subprocess.run(command, cwd=ROOT, timeout=60, check=False).returncode == -signal.SIGKILL
+        assert list(place.open().pushed(PRODUCT)) == [4] * is_there
+        assert place.open().products() == [PRODUCT] * is_there
+    assert place.push(folder) is False
+    repository = place.open()
+    with repository.locked():
+        assert repository.checked(PRODUCT, 4).version == 4
+
+
+def test_two_operators_never_make_one_version_of_two(place: Place, tmp_path: Path) -> None:
+    """Of pushes at once under one number one is taken, whole; each other one is told why it is not."""
+    folders = [tiny(tmp_path / name, 4) for name in ("one", "two", "three")]
+    for number, folder in enumerate(folders):
+        name, content = f"{PRODUCT}.mahalanobis/4/statistics.npz", bytes([number]) * 100
+        (folder.parent / name).write_bytes(content)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["files"][name] = hashlib.sha256(content).hexdigest()
+        write_manifest(folder.parent, manifest)
+    told: list[str] = []
+
+    def push(repository: ModelRepository, folder: Path) -> None:
+        try:
+            with repository.locked():
+                repository.push(folder)
+        except CheckError as error:
+            told.append(str(error))
+
+    threads = [threading.Thread(target=push, args=[place.open(), folder]) for folder in folders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(told) == 2
+    assert all("another command" in words or "another version 4" in words for words in told)
+    repository = place.open()
+    with repository.locked():
+        assert repository.checked(PRODUCT, 4).version == 4
+
+
+def test_a_command_that_was_cut_off_writes_no_more(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a lock is renewed others are told who has it; one that is not is taken, and its holder then refuses."""
+    tiny(tmp_path / "served", 3)
+    place.seed(tmp_path / "served")
+    first, second = place.open(), place.open()
+    with first.locked(), pytest.raises(CheckError, match=r"another command is at work: .*@"), second.locked():
+        raise AssertionError
+    monkeypatch.setattr(first._store._lock, "_renew", lambda: None)
+    monkeypatch.setattr(s3_lock, "LEASE_S", 3.0)
+    with first.locked():
+        assert first.write(PRODUCT, "rollout.json", b"{}") is None
+        with second.locked(), pytest.raises(CheckError, match="could not be renewed"):
+            first.write(PRODUCT, "rollout.json", b"[]")
+    assert first.read(PRODUCT, "rollout.json") == b"{}"
+
+
+@pytest.mark.parametrize("kill_at", [16, 26])
+def test_a_killed_promotion_leaves_one_whole_version(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int
+) -> None:
+    """Workers read the version before until the manifest, which is put last, names the new one; again, it completes."""
+    tiny(tmp_path / "served", 3)
+    place.seed(tmp_path / "served")
+    place.push(tiny(tmp_path / "export", 4))
+    repository, put, left = place.open(), Bucket.put, [kill_at]
+
+    class Killed(BaseException):
+        pass
+
+    def counted(self: Bucket, name: str, *rest: Any) -> str:
+        left[0] -= name != "lock"
+        if left[0] < 0 and name != "lock":
+            raise Killed
+        return put(self, name, *rest)
+
+    monkeypatch.setattr(s3_bucket.Bucket, "put", counted)
+    monkeypatch.setattr(promotion, "_undo", lambda *_: ([], []))
+    monkeypatch.setattr(s3_store, "_TICK_S", 0.0)  # no Triton looks
+    with pytest.raises(Killed), repository.locked():
+        promote(repository, Servers(), PRODUCT, 4, by="anna", reason="")
+    monkeypatch.setattr(s3_bucket.Bucket, "put", put)
+    assert read_manifest(parse_place(place.address), PRODUCT).version == 3
+    config = place.disk.config(PRODUCT)
+    for step in config.ensemble_scheduling.step:
+        version = 1 if step.model_name.startswith("teacher.") else step.model_version
+        assert version in (1, 3, 4, -1)
+        assert version == -1 or (place.root / place.prefix / step.model_name / str(version)).is_dir()
+    with repository.locked():
+        assert promote(repository, Servers(), PRODUCT, 4, by="anna", reason="").version == 4
+    assert read_manifest(parse_place(place.address), PRODUCT).version == 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "words", "hint"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": WRONG}, "SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"),
+        ({"AWS_ACCESS_KEY_ID": "nobody"}, "access key", "AWS_ACCESS_KEY_ID"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "credentials", "AWS_ACCESS_KEY_ID"),
+        ({"AWS_CA_BUNDLE": ""}, "SSL", "AWS_CA_BUNDLE"),
+        ({"bucket": "elsewhere"}, "NoSuchBucket", "make it"),
+        ({"port": "9"}, "no answer", "port"),
+        ({"scheme": "http"}, "no answer", "https"),
+    ],
+)
+def test_what_is_wrong_with_a_store_is_said_with_the_remedy(
+    place: Place, monkeypatch: pytest.MonkeyPatch, fault: dict[str, str], words: str, hint: str
+) -> None:
+    """A wrong key, none, an unknown authority, no bucket, no server, plain text to TLS: the bucket and the remedy."""
+    monkeypatch.setattr(s3_bucket, "_ATTEMPTS", 1)
+    for name in fault:
+        if fault[name]:
+            monkeypatch.setenv(name, fault[name])
+        else:
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    address = place.address.replace(f"/{BUCKET}/", f"/{fault.get('bucket', BUCKET)}/")
+    address = address.replace(f":{place.server.port}/", f":{fault.get('port', place.server.port)}/")
+    address = address.replace("https://", f"{fault.get('scheme', 'https')}://")
+    for call in (lambda: products_in(parse_place(address)), lambda: Bucket(parse_place(address)).put("x", b"", None)):
+        with pytest.raises(DependencyError) as caught:
+            call()
+        assert address in str(caught.value)
+        assert words in str(caught.value)
+        assert hint in caught.value.hint
+        assert SECRET not in str(caught.value)
+        assert WRONG not in str(caught.value)
+
+
+def test_a_worker_judges_with_what_was_signed_alone(place: Place, tmp_path: Path) -> None:
+    """Signature and weights' hashes are asked of the bucket as of a folder: a stranger's file is named."""
+    key, signer = make_keys(tmp_path, "mine")
+    folder, address = tiny(tmp_path / "served", 3), parse_place(place.address)
+    place.seed(folder.parent)
+    with pytest.raises(ConfigError, match="not signed"):
+        read_manifest(address, PRODUCT, signer)
+    bucket = Bucket(address)
+    bucket.put(f"{PRODUCT}/manifest.json.sig", sign(folder / "manifest.json", key).read_bytes(), None)
+    assert read_manifest(address, PRODUCT, signer).version == 3
+    name = f"{PRODUCT}.map/3/model.onnx"
+    bucket.put(name, b"a stranger's", bucket.get(name).etag)
+    with pytest.raises(ConfigError, match=f"not its files: {name}"):
+        read_manifest(address, PRODUCT, signer)
+
+
+def test_what_arrives_damaged_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server compares the hash that comes with a file; nothing is there of one that differs."""
+    monkeypatch.setattr(s3_bucket, "base64_sha256", lambda _, known=s3_bucket.base64_sha256: known(b"other"))
+    with pytest.raises(CheckError, match="did not arrive as it was sent"):
+        Bucket(parse_place(place.address)).put("file", b"content", None)
+    assert place.objects() == {}
+
+
+def test_what_somebody_else_wrote_is_not_overwritten(place: Place) -> None:
+    """An object that came, changed or went since it was read is left as it is, whoever did it."""
+    bucket = Bucket(parse_place(place.address))
+    read = bucket.put("file", b"one", None)
+    assert bucket.put("file", b"one", None) == read  # the answer to our own put was lost
+    bucket.put("file", b"two", read)
+    for etag in (None, read):
+        with pytest.raises(CheckError, match="changed by another command"):
+            bucket.put("file", b"three", etag)
+    assert bucket.get("file").content == b"two"
+    bucket.delete("file")
+    with pytest.raises(CheckError, match="changed by another command"):
+        bucket.put("file", b"three", read)
+    bucket.delete("file")
+
+
+def test_a_store_without_conditions_or_hashes_is_worked_with(place: Place, tmp_path: Path) -> None:
+    """Where a server ignores conditions it is said; where it tells no hash, each file is read back."""
+    repository = place.open()
+
+    def forget(params: dict[str, Any], **_: object) -> None:
+        for header in ("If-None-Match", "If-Match", "x-amz-checksum-sha256"):
+            params["headers"].pop(header, None)
+
+    for store in (repository._models, repository._store):
+        store._bucket._client.meta.events.register("before-call.s3.PutObject", forget)
+    with structlog.testing.capture_logs() as said, repository.locked():
+        assert repository.push(tiny(tmp_path / "export", 4))[1]
+        assert repository.checked(PRODUCT, 4).version == 4
+    assert ["no conditional writes" in each["event"] for each in said] == [True]
+
+
+def test_more_objects_than_one_answer_holds_are_listed(place: Place) -> None:
+    """A thousand are one page: the one after is there too."""
+    for number in range(1001):
+        folder = place.root / place.prefix / f"product-{number}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_bytes(b"{}")
+    assert len(products_in(parse_place(place.address))) == 1001
+
+
+def test_a_worker_goes_on_while_the_store_is_away(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it nothing is refused or withdrawn, which is said once; when it is back, what is new there is taken."""
+    monkeypatch.setattr(s3_bucket, "_ATTEMPTS", 1)
+    tiny(tmp_path / "served", 3)
+    place.seed(tmp_path / "served")
+    address = parse_place(place.address)
+    manifests = Manifests({PRODUCT: read_manifest(address, PRODUCT)})
+    others = SimpleNamespace(
+        check=lambda _: "", learn=lambda _: True, take=lambda _: None, keep=lambda *_: None, withdraw=pytest.fail
+    )
+    about = {"new_products": False, "graph_products": (), "metrics": Metrics()}
+    newcomers = Newcomers(Triton(models_repo=address), manifests, others, others, **about)
+    place.server.stop()
+    try:
+        with structlog.testing.capture_logs() as said:
+            newcomers.look()
+            newcomers.look()
+    finally:
+        place.server.start()
+    assert [each["event"] for each in said] == ["model repository not read; the versions in force go on"]
+    assert (manifests[PRODUCT].version, newcomers.fault(PRODUCT)) == (3, "")
+    changed = json.loads((tmp_path / "served" / PRODUCT / "manifest.json").read_text()) | {"model_sha256": "ab" * 32}
+    place.open().write(PRODUCT, "manifest.json", json.dumps(changed | {"version": 4}).encode())
+    newcomers.look()
+    assert manifests[PRODUCT].version == 4
+
+
+@contextmanager
+def running(triton: TritonServer, models: str, folder: Path) -> Iterator[None]:
+    """Start the embedded Triton on a bucket, until all of its models answer."""
+    triton.prepare()
+    command = [f"--model-repository={models}" if each.startswith("--model-rep") else each for each in triton.command()]
+    with (folder / "log").open("wb") as log:
+        settings = [f"{name}={value}" for name, value in triton.environment().items()]
+        process = subprocess.Popen(["env", *settings, *command], stdout=log, stderr=log, cwd=folder)
+    try:
+        until = time.monotonic() + 120
+        while triton.check() != "":
+            assert process.poll() is None, (folder / "log").read_text()[-3000:]
+            assert time.monotonic() < until, (folder / "log").read_text()[-3000:]
+            time.sleep(0.2)
+        yield
+    finally:
+        process.terminate()
+        process.wait(30)
+        triton.clean()
+
+
+@pytest.mark.stack
+def test_triton_serves_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real Triton reads the repository from the same address, by plain http here: promotion and rollback are
+    proved on its own answers, and leave the manifest that workers read."""
+    server = S3Server(tmp_path / "s3")
+    server.start()
+    place = Place(server, "line-1")
+    (tmp_path / "key").write_text("sesame")
+    ports = TritonPorts(*(free_port() for _ in range(3)))
+    triton = TritonServer(tmp_path / "state", Path(), (ROOT / ".venv-triton").resolve(), ports, "sesame")
+    settings = Triton(address=f"127.0.0.1:{ports.grpc}", models_repo=place.address, control_key_file=tmp_path / "key")
+    now = shipped()["version"]
+    monkeypatch.delenv("AWS_CA_BUNDLE")
+    try:
+        place.seed(heavier(tmp_path / "served", now).parent)
+        with running(triton, place.address, tmp_path):
+            place.push(heavier(tmp_path / "next", now + 1))
+            repository = place.open()
+            with repository.locked(), ModelControl(settings) as control:
+                assert promote(repository, control, PRODUCT, now + 1, by="anna", reason="").version == now + 1
+                assert read_manifest(settings.models_repo, PRODUCT).version == now + 1
+                assert rollback(repository, control, PRODUCT, by="anna", reason="").version == now
+            assert read_manifest(settings.models_repo, PRODUCT).version == now
+    finally:
+        server.stop()
