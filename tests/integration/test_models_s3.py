@@ -314,12 +314,19 @@ def test_a_killed_promotion_leaves_one_whole_version(
         ({"bucket": "elsewhere"}, "NoSuchBucket", "make it"),
         ({"port": "9"}, "no answer", "port"),
         ({"scheme": "http"}, "no answer", "https"),
+        ({"AWS_ENDPOINT_URL_S3": "nonsense", "address": "s3://models/line-1"}, "Invalid endpoint: nonsense", "port"),
+        (
+            {"AWS_ENDPOINT_URL_S3": f"http://line:{SECRET}@127.0.0.1:9", "address": "s3://models/line-1"},
+            "http://127.0.0.1:9/models",
+            "port",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_store_is_said_with_the_remedy(
     place: Place, monkeypatch: pytest.MonkeyPatch, fault: dict[str, str], words: str, hint: str
 ) -> None:
-    """A wrong key, none, an unknown authority, no bucket, no server, plain text to TLS: the bucket and the remedy."""
+    """A wrong key, none, an unknown authority, no bucket, no server or none that could be one, plain text to TLS: the
+    bucket and the remedy, and never a key."""
     monkeypatch.setattr(s3_bucket, "_ATTEMPTS", 1)
     for name in fault:
         if fault[name]:
@@ -330,6 +337,7 @@ def test_what_is_wrong_with_a_store_is_said_with_the_remedy(
     address = place.address.replace(f"/{BUCKET}/", f"/{fault.get('bucket', BUCKET)}/")
     address = address.replace(f":{place.server.port}/", f":{fault.get('port', place.server.port)}/")
     address = address.replace("https://", f"{fault.get('scheme', 'https')}://")
+    address = fault.get("address", address)
     for call in (lambda: products_in(parse_place(address)), lambda: Bucket(parse_place(address)).put("x", b"", None)):
         with pytest.raises(DependencyError) as caught:
             call()
