@@ -28,7 +28,7 @@ from pipeline.cli_tuning import (
 from pipeline.config import LineConfig
 from pipeline.errors import ConfigError
 from pipeline.limits import Change
-from pipeline.manifest import Manifest, read_manifest
+from pipeline.manifest import Manifest
 from pipeline.terminal import CONFIG_FILE, Config, Json, answer, table_of
 from pipeline.threshold_store import Policy, ThresholdStore, Written
 from pipeline.tuning import Limits
@@ -181,7 +181,7 @@ def thresholds_import(
     document = configuration.read_yaml(file)
     store = ThresholdStore(settings.redis)
     products = limits.products_of(document)
-    manifests = {product: read_manifest(settings.triton.models_repo, product) for product in products}
+    manifests = {product: manifest_of(settings, product, None)[0] for product in products}
     current = {product: _or_none(store, manifest) for product, manifest in manifests.items()}
     changes = limits.plan(document, str(file), current, manifests)
     if only_unset:

@@ -9,6 +9,7 @@ import yaml
 from exported import PRODUCT, tiny
 from integration.thresholds.watched import MODELS, change, spoil
 from line_process import LineProcess, received
+from signers import make_keys
 
 from pipeline import limits
 from pipeline.cli_thresholds import threshold_doubts
@@ -114,6 +115,24 @@ def test_the_commands_set_limits_of_a_version_that_is_not_served(line_of, logicr
     answered("thresholds", "set", PRODUCT, "-c", path, "--ng", "9", "--version", "2")
     back = answered("thresholds", "rollback", PRODUCT, "-c", path)["after"]
     assert (back["ng"], back["version"], answered(*get, "--model-version", "3")["ng"]) == ("8.5", "4", "7.5")
+
+
+def test_no_limits_are_set_for_a_version_that_no_worker_takes(line_of, logicrd, answered, tmp_path):
+    """Where the line names a signer and what is promoted has no signature, `set`, `suggest` and `import` say so instead
+    of an OK; the limits of the version that workers go on with can be set by its number."""
+    repository = ModelRepository(tmp_path / "models", tmp_path / "models.versions")
+    repository.models.mkdir()
+    with repository.locked():
+        repository.push(tiny(tmp_path / "export", 4))
+    tiny(repository.models, 5)
+    triton = {"models_repo": str(repository.models), "signer_file": str(make_keys(tmp_path, "site")[1])}
+    path = line_of("anna", triton=triton, product=PRODUCT)
+    file = tmp_path / "limits.yaml"
+    file.write_text(f"schema_version: 1\nthresholds: {{{PRODUCT}: {{ng: 8, review: 8}}}}\n")
+    for told in (("set", PRODUCT, "--ng", "8"), ("suggest", PRODUCT), ("import", file)):
+        code, _, err = logicrd("thresholds", *told, "-c", path)
+        assert (code, "not signed" in err) == (3, True), told
+    answered("thresholds", "set", PRODUCT, "--ng", "8", "--model-version", "4", "-c", path)
 
 
 @pytest.mark.stack
