@@ -408,6 +408,21 @@ def test_a_store_without_conditions_or_hashes_is_worked_with(
     assert ["no conditional writes" in each["event"] for each in said] == [True]
 
 
+@pytest.mark.parametrize("kind", [None, "COMPOSITE"])
+def test_a_hash_of_parts_is_not_taken_for_that_of_the_file(place: Place, kind: str | None) -> None:
+    """An object that another tool put in parts is read and hashed, also where the server does not say what it tells."""
+    bucket = Bucket(parse_place(place.address))
+    bucket.put("weights", b"content", None)
+
+    def of_parts(parsed: dict[str, Any], **_: object) -> None:
+        parsed.pop("ChecksumType", None)
+        parsed["ChecksumSHA256"] = s3_bucket.base64_sha256(b"other") + ("-2" if kind is None else "")
+        parsed.update({} if kind is None else {"ChecksumType": kind})
+
+    bucket._client.meta.events.register("after-call.s3.HeadObject", of_parts)
+    assert bucket.digest("weights") == hashlib.sha256(b"content").hexdigest()
+
+
 def test_more_objects_than_one_answer_holds_are_listed(place: Place) -> None:
     """A thousand are one page: the one after is there too."""
     for number in range(1001):
