@@ -233,10 +233,12 @@ def thresholds_proposals(config: Config = CONFIG_FILE, as_json: Json = False) ->
     store = ThresholdStore(settings.redis)
     rows = []
     for product, manifest in read_manifests(settings).items():
-        waiting = [(manifest.version, store.proposal(product))]
-        for each in (manifest, *versions_of(settings, product)[1].values()):
-            waiting.append((each.version, store.proposal(product, each.model_sha256)))
-        rows += [{"product": product, "model_version": version, **fields} for version, fields in waiting if fields]
+        known = (manifest, *versions_of(settings, product)[1].values())
+        versions = {each.model_sha256: each.version for each in known}
+        for fields in (store.proposal(product), *(store.proposal(product, sha) for sha in versions)):
+            if fields:  # that at the product's record may be for the version that was served when it was made
+                version = versions.get(fields.get("model_sha256", ""), "?")
+                rows.append({"product": product, "model_version": version, **fields})
     columns = ["product", "model_version", "id", "ng", "review", "base", "updated_by", "expires_at", "reason"]
     answer(rows, as_json, table_of(rows, columns) if rows else "nothing waits")
 
