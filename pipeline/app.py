@@ -261,6 +261,7 @@ class Line:
             metrics=self.metrics,
             health=self.health,
             settled=self._triggers.settled,
+            graph_products=config.graph_products,
             part_log=self._part_log,
             tracing=self._tracing,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,14 +17,12 @@ from pipeline.promotion import promote, rollback, stop_trial, try_beside
 from pipeline.releases import MANIFEST, Release, before
 from pipeline.signatures import sign
 from pipeline.tail import candidate_figures
-from pipeline.terminal import CONFIG_FILE, Config, Json, answer, table_of
+from pipeline.terminal import CONFIG_FILE, Author, Config, Json, Reason, answer, author_of, table_of
 from pipeline.wire import CANDIDATE_FIGURES
 
 models_app = typer.Typer(no_args_is_help=True)
 
 Product = Annotated[str, typer.Argument(help="Which product.")]
-Author = Annotated[str, typer.Option(help="Who; default: this machine's name of the user. Nobody checks it.")]
-Reason = Annotated[str, typer.Option(help="Why; kept in the history.")]
 
 
 @models_app.callback()
@@ -100,7 +97,7 @@ def models_promote(
     Running workers take it within seconds. With --canary it judges a share of the parts, until it is promoted without.
     """
     settings, share = configuration.load(config), None if canary is None else _percent(canary)
-    repository, by = repository_of(settings.triton), _author(author)
+    repository, by = repository_of(settings.triton), author_of(author)
     with repository.locked(), ModelControl(settings.triton) as control:
         if share is None:
             release = promote(repository, control, product, version, by=by, reason=reason, interrupt=interrupt)
@@ -132,7 +129,7 @@ def models_shadow(
         return
     if version is not None and stop:
         raise ConfigError("--stop takes no version: there is one trial of a product at most")
-    by, share = _author(author), _percent(percent)
+    by, share = author_of(author), _percent(percent)
     with repository.locked(), ModelControl(settings.triton) as control:
         if version is None:
             rollout = stop_trial(repository, control, product, by=by, reason=reason)
@@ -149,7 +146,7 @@ def models_rollback(
 ) -> None:
     """Take a canary back; without one, serve the version again that was promoted before."""
     settings = configuration.load(config)
-    repository, by = repository_of(settings.triton), _author(author)
+    repository, by = repository_of(settings.triton), author_of(author)
     with repository.locked(), ModelControl(settings.triton) as control:
         release = rollback(repository, control, product, by=by, reason=reason)
         _answer_served(release, control, as_json)
@@ -233,10 +230,3 @@ def _percent(given: float) -> float:
     if not 0 < given <= 100:
         raise ConfigError(f"{given:g} is not a percentage of parts", hint="a number above 0, 100 at most")
     return given
-
-
-def _author(given: str) -> str:
-    try:
-        return given or getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        raise ConfigError("this user has no name here", hint="give it with --author") from None

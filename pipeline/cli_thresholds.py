@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -28,13 +27,11 @@ from pipeline.cli_tuning import (
 from pipeline.config import LineConfig
 from pipeline.errors import ConfigError
 from pipeline.limits import Change
-from pipeline.manifest import Manifest, read_manifest
-from pipeline.terminal import CONFIG_FILE, Config, Json, answer, table_of
+from pipeline.manifest import Manifest
+from pipeline.terminal import CONFIG_FILE, Author, Config, Json, Reason, answer, author_of, table_of
 from pipeline.threshold_store import Policy, ThresholdStore, Written
 from pipeline.tuning import Limits
 
-Author = Annotated[str, typer.Option(help="Who; default: this machine's name of the user. Nobody checks it.")]
-Reason = Annotated[str, typer.Option(help="Why; kept in the history.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")]
 
 thresholds_app = typer.Typer(help="Limits per product, kept in Redis.", no_args_is_help=True)
@@ -181,7 +178,7 @@ def thresholds_import(
     document = configuration.read_yaml(file)
     store = ThresholdStore(settings.redis)
     products = limits.products_of(document)
-    manifests = {product: read_manifest(settings.triton.models_repo, product) for product in products}
+    manifests = {product: manifest_of(settings, product, None)[0] for product in products}
     current = {product: _or_none(store, manifest) for product, manifest in manifests.items()}
     changes = limits.plan(document, str(file), current, manifests)
     if only_unset:
@@ -190,7 +187,7 @@ def thresholds_import(
         ]
     why = reason or f"import of {file.name}"
     changes = [Change(**{**asdict(change), "reason": why}) for change in changes]
-    written = [] if dry_run or not changes else store.write(changes, author=_author(author), action="import")
+    written = [] if dry_run or not changes else store.write(changes, author=author_of(author), action="import")
     rows = [
         {
             "product": change.product,
@@ -224,7 +221,7 @@ def thresholds_policy(
     store = ThresholdStore(configuration.load(config).redis)
     if two_person is not None:
         rule = Policy(approvals=2 if two_person else 1, expiry_s=round(expiry_h * 3600), people=people)
-        store.set_policy(rule, author=_author(author), reason=reason)
+        store.set_policy(rule, author=author_of(author), reason=reason)
     rule = store.policy()
     answer(asdict(rule), as_json, _lines(asdict(rule)))
 
@@ -236,10 +233,12 @@ def thresholds_proposals(config: Config = CONFIG_FILE, as_json: Json = False) ->
     store = ThresholdStore(settings.redis)
     rows = []
     for product, manifest in read_manifests(settings).items():
-        waiting = [(manifest.version, store.proposal(product))]
-        for each in (manifest, *versions_of(settings, product)[1].values()):
-            waiting.append((each.version, store.proposal(product, each.model_sha256)))
-        rows += [{"product": product, "model_version": version, **fields} for version, fields in waiting if fields]
+        known = (manifest, *versions_of(settings, product)[1].values())
+        versions = {each.model_sha256: each.version for each in known}
+        for fields in (store.proposal(product), *(store.proposal(product, sha) for sha in versions)):
+            if fields:  # that at the product's record may be for the version that was served when it was made
+                version = versions.get(fields.get("model_sha256", ""), "?")
+                rows.append({"product": product, "model_version": version, **fields})
     columns = ["product", "model_version", "id", "ng", "review", "base", "updated_by", "expires_at", "reason"]
     answer(rows, as_json, table_of(rows, columns) if rows else "nothing waits")
 
@@ -256,7 +255,7 @@ def thresholds_approve(
     """Put somebody else's proposal in force."""
     _, manifest, store, beside = _opened(config, product, model_version)
     sha = manifest.model_sha256
-    store.approve(product, proposal, author=_author(author), model_sha256=sha, beside=beside)
+    store.approve(product, proposal, author=author_of(author), model_sha256=sha, beside=beside)
     row = _row(store, manifest)
     answer(row, as_json, _lines(row))
 
@@ -273,7 +272,7 @@ def thresholds_withdraw(
 ) -> None:
     """Take a proposal back, or refuse another's."""
     _, manifest, store, _ = _opened(config, product, model_version)
-    store.withdraw(product, proposal, author=_author(author), model_sha256=manifest.model_sha256, reason=reason)
+    store.withdraw(product, proposal, author=author_of(author), model_sha256=manifest.model_sha256, reason=reason)
     answer({"withdrawn": proposal}, as_json, f"{product}: proposal {proposal} is withdrawn")
 
 
@@ -287,13 +286,6 @@ def _opened(config: Path, product: str, version: int | None) -> tuple[LineConfig
     settings = configuration.load(config)
     manifest, beside = manifest_of(settings, product, version)
     return settings, manifest, ThresholdStore(settings.redis), beside
-
-
-def _author(given: str) -> str:
-    try:
-        return given or getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        raise ConfigError("this user has no name here", hint="give it with --author") from None
 
 
 def _or_none(store: ThresholdStore, manifest: Manifest) -> Mapping[str, str]:
@@ -325,7 +317,7 @@ def _write(
     store: ThresholdStore, manifest: Manifest, change: Change, *, author: str, action: str, as_json: bool
 ) -> None:
     before = _row(store, manifest)
-    (done,) = store.write([change], author=_author(author), action=action)
+    (done,) = store.write([change], author=author_of(author), action=action)
     if done.proposal is not None:
         text = f"{change.product}: proposed as {done.proposal}; in force once a second person approves:\n"
         text += f"  logicrd thresholds approve {change.product} {done.proposal}"

@@ -106,12 +106,13 @@ def preview(
 
 
 def manifest_of(settings: LineConfig, product: str, version: int | None) -> tuple[Manifest, bool]:
-    """Read the manifest of a version, by default the served one; and whether it is another than that.
+    """Read the manifest of a version, by default the served one, which a signer has to have signed where one is named:
+    no worker would judge with it, nor by its limits. And whether it is another than that.
 
     Raises ConfigError, naming the versions that there are.
     """
     if version is None:
-        return read_manifest(settings.triton.models_repo, product), False
+        return read_manifest(settings.triton.models_repo, product, settings.triton.signer_file), False
     served, others = versions_of(settings, product)
     if served is not None and served.version == version:
         return served, False

@@ -187,7 +187,7 @@ class LineConfig(BaseSettings):
         for station in self.stations:
             here = {camera.id for camera in self.cameras if camera.station == station.name}
             check_views(station, here, pooled=self.pool is not None)
-        check_graphs(self.cameras, self.stations, self.triton)
+        check_graphs(self.cameras, self.stations, self.triton, pooled=self.pool is not None)
         return self
 
     @model_validator(mode="after")

@@ -188,7 +188,8 @@ def render(config: LineConfig, manifests: Mapping[str, Manifest], root: Path) ->
 
 def write(config: LineConfig, out: Path, root: Path) -> list[Path]:
     """Write the files of `render` to a folder, which is made if need be; gives their paths. Raises ConfigError."""
-    manifests = {product: read_manifest(config.triton.models_repo, product) for product in config.graph_products}
+    repository, signer = config.triton.models_repo, config.triton.signer_file
+    manifests = {product: read_manifest(repository, product, signer) for product in config.graph_products}
     files = render(config, manifests, root)
     try:
         return _save(out, files)

@@ -6,24 +6,27 @@ A graph asks one server for one product of each of its cameras, and stamps a fra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pipeline.cameras import Camera, graph_cameras
 from pipeline.servers import Triton
 from pipeline.stations import Station
 
 
-def check_graphs(cameras: Sequence[Camera], stations: Sequence[Station], triton: Triton) -> None:
+def check_graphs(
+    cameras: Sequence[Camera], stations: Sequence[Station], triton: Triton, *, pooled: bool = False
+) -> None:
     """Check the cameras of a file that are scored by a graph against the rest of it. Raises ValueError."""
     of_graphs = {camera.id: camera.product for camera in graph_cameras(cameras)}
     if not of_graphs:
         return
-    for camera in cameras:
-        if camera.id not in of_graphs and camera.product in of_graphs.values():
+    if pooled:  # whose cameras come and go with any product
+        raise ValueError("pool: a worker of a pool has no cameras with `inference: graph`: give them a worker alone")
+    for who, product in _asked_by_line(cameras, stations, of_graphs):
+        if product in of_graphs.values():
             raise ValueError(
-                f"cameras: {camera.id!r} is read otherwise than the product {camera.product!r}, which a graph scores: "
-                "both ways scale pictures differently and cannot share a threshold; set `inference: graph` on all of "
-                "its cameras or on none"
+                f"{who} is read otherwise than the product {product!r}, which a graph scores: both ways scale pictures "
+                "differently and cannot share a threshold; set `inference: graph` on all of its cameras or on none"
             )
     if len(triton.addresses) > 1 or triton.tls is not None:
         raise ValueError(
@@ -33,6 +36,21 @@ def check_graphs(cameras: Sequence[Camera], stations: Sequence[Station], triton:
         here = {camera.id for camera in cameras if camera.station == station.name}
         if named := sorted(here & of_graphs.keys()):
             _check_station(station, named[0], of_graphs)
+
+
+def _asked_by_line(
+    cameras: Sequence[Camera], stations: Sequence[Station], of_graphs: dict[str, str]
+) -> Iterator[tuple[str, str | None]]:
+    """Give what asks for a product by way of the line, and the product."""
+    for camera in cameras:
+        if camera.id not in of_graphs:
+            yield f"cameras: {camera.id!r}", camera.product
+    for station in stations:
+        for view in station.views:
+            if view.camera not in of_graphs:
+                yield f"stations: {station.name}: the view of camera {view.camera!r}", view.product
+        for product in station.recipes:
+            yield f"stations: {station.name}: what a trigger names in `recipes`", product
 
 
 def _check_station(station: Station, camera_id: str, products: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ import gc
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -69,9 +69,11 @@ class Judge:
         metrics: Metrics,
         health: Health,
         settled: Callable[[tuple[int, int]], None],
+        graph_products: Collection[str] = (),
         part_log: PartLog | None = None,
         tracing: Tracing | None = None,
     ) -> None:
+        """`graph_products` are those that graphs ask Triton for: their limits are not for pictures of the line."""
         self._parts = parts
         self._manifests = manifests
         self._thresholds = thresholds
@@ -81,6 +83,7 @@ class Judge:
         self._metrics = metrics
         self._health = health
         self._settled = settled
+        self._graph_products = graph_products
         self._part_log = part_log
         self._tracing = tracing
         self._lock = threading.Lock()
@@ -180,7 +183,11 @@ class Judge:
                 self.put(Inference(frame, cause=frame.cause))
             elif frame.product not in self._manifests:
                 self.put(Inference(frame, cause=Cause.PRODUCT_NOT_READY))
-            elif frame.image is not None:  # else a graph has asked Triton already, and gives its answer by itself
+            elif frame.image is None:  # a graph has asked Triton already, and gives its answer by itself
+                continue
+            elif frame.product in self._graph_products:  # so a trigger says
+                self.put(Inference(frame, cause=Cause.PRODUCT_NOT_READY))
+            else:
                 ready.append(frame if self._tracing is None else self._traced(frame, self._tracing))
         return ready
 

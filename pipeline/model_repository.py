@@ -99,7 +99,10 @@ class ModelRepository:
         return dict(sorted(found.items()))
 
     def is_signed(self, product: str, version: int) -> bool:
-        """Whether a version has a signature, of whomever."""
+        """Whether a version has a signature, of whomever; the served one where workers look: it may never be pushed."""
+        served = self.promoted(product)
+        if served is not None and served.version == version:
+            return self.read(product, _SIGNATURE) is not None
         return bool(self._store.names(f"{product}/{version}/{_SIGNATURE}"))
 
     def history(self, product: str) -> list[Event]:
@@ -155,7 +158,7 @@ class ModelRepository:
 
     def push(self, source: Path) -> tuple[Release, bool]:
         """Copy the version that an exported product's folder describes into the store, whole and checked, or not at
-        all; gives it, and whether it is new. Raises CheckError."""
+        all; gives it, and whether it is new or signed anew. Raises CheckError."""
         release = _manifest(store_of(source), MANIFEST)
         if release is None:
             raise CheckError(f"{source} has no {MANIFEST}", hint="name the product's folder that was exported")
@@ -270,7 +273,8 @@ class ModelRepository:
                 f"{release.product} has another version {release.version} already",
                 hint="export into a model repository that holds the earlier versions: there it gets the next number",
             )
-        if present is not None and not self._store.names(f"{target}/{_ADOPTED}"):
+        is_whole = present is not None and not self._store.names(f"{target}/{_ADOPTED}")
+        if is_whole and not self._is_signed_anew(source, target):
             return False
         with self._store.incoming() as stage:
             tree = stage / "version"
@@ -283,20 +287,28 @@ class ModelRepository:
             self._store.add(tree, target, head=MANIFEST, instead=True)
         return True
 
+    def _is_signed_anew(self, source: Path, target: str) -> bool:
+        """Whether a folder has the manifest of the version that is there, and another signature."""
+        signature = read_signature(source / MANIFEST)
+        return signature not in (None, self._store.read(f"{target}/{_SIGNATURE}")) and (
+            (source / MANIFEST).read_bytes() == self._store.read(f"{target}/{MANIFEST}")
+        )
+
     def _check(self, tree: Path, release: Release, *, signature: bool = True) -> None:
         """Raise CheckError with everything that is wrong with a version's tree."""
-        faults = name_faults(release)
+        faults, hint = name_faults(release), "nothing was changed; export or copy it again"
         if signature and self._signer is not None:
             path = tree / MANIFEST
-            fault = fault_of_signature(path.read_bytes(), read_signature(path), self._signer)
-            faults += [f"{MANIFEST}: {fault}"] * bool(fault)
+            if fault := fault_of_signature(path.read_bytes(), read_signature(path), self._signer):
+                faults.append(f"{MANIFEST}: {fault}")
+                hint = "nothing was changed; `logicrd models sign` the exported folder, and push it again"
         tuned = (tree / _ADOPTED).is_file()
         if not faults:
             found = (_fault_of_file(tree, name, digest, release, tuned) for name, digest in release.files.items())
             faults = [fault for fault in found if fault] or config_faults(release, _configs(tree, release))
         if faults:
             words = f"{release.product} version {release.version}: {'; '.join(faults)}"
-            raise CheckError(words, hint="nothing was changed; export or copy it again")
+            raise CheckError(words, hint=hint)
 
 
 def repository_of(settings: Triton) -> ModelRepository:

@@ -15,6 +15,7 @@ from typing import Annotated, TypeAlias
 from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 
 _S3 = "s3://"
+_SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:/")
 # Triton reads no other: it takes a server's name only with a port, and these characters in a prefix.
 _OWN = re.compile(r"(?P<endpoint>https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5})/(?P<rest>.*)")
 _BUCKET = re.compile(r"(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?P<prefix>(/[A-Za-z0-9._-]+)*)/?")
@@ -43,6 +44,8 @@ def parse_place(text: object) -> Where:
     if not isinstance(text, str):
         raise ValueError("give a folder or an address `s3://...`")  # noqa: TRY004 (pydantic turns this one into its own)
     if not text.startswith(_S3):
+        if _SCHEME.match(text):  # no folder: with keys in it, messages would repeat them
+            raise ValueError("an address begins with `s3://`; anything else is a folder, which has no scheme")
         return Path(text)
     if "@" in text:
         raise ValueError("keys do not belong in the address: the SDK takes them from its environment or a file")
@@ -54,12 +57,23 @@ def parse_place(text: object) -> Where:
 
 
 def beside(place: Where, ending: str) -> Where:
-    """Name the place that is called like this one, with an ending. Raises ValueError for a whole bucket."""
+    """Name the place that is called like this one, with an ending. Raises ValueError for what has no name of its own:
+    a whole bucket, or a whole file system."""
     if isinstance(place, Path):
-        return place.with_name(place.name + ending)
+        named = place if place.name not in {"", ".."} else place.resolve()
+        if not named.name:
+            raise ValueError(f"{place} is a whole file system: name a folder in it")
+        return named.with_name(named.name + ending)
     if not place.prefix:
         raise ValueError(f"{place} is a whole bucket: name a prefix in it")
     return replace(place, prefix=place.prefix + ending)
+
+
+def is_within(place: Where, other: Where) -> bool:
+    """Whether a place is the other one, or lies in it."""
+    if isinstance(place, Path) and isinstance(other, Path):
+        return place.resolve().is_relative_to(other.resolve())
+    return f"{place}/".startswith(f"{other}/")
 
 
 _validate: Callable[[object], Where] = parse_place

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ _HINTS = {
     "RequestTimeTooSkewed": "set this machine's clock",
     "EntityTooLarge": "one file has 5 GB at most",
 }
+_KEYS_IN_URL = re.compile(r"//[^/\s]*@")
 _CHANGED = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 _DAMAGED = {"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch", "InvalidDigest"}
 
@@ -113,8 +115,10 @@ class Bucket:
             known = self._call("head_object", name, ChecksumMode="ENABLED")
         except _Absent:
             return None
-        whole = known.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT"
-        digest = known["ChecksumSHA256"] if whole and "ChecksumSHA256" in known else self._read_digest(name)
+        digest = known.get("ChecksumSHA256", "-")
+        # One of hashes of parts is none of the object; older servers say so by the number of parts behind it alone.
+        if known.get("ChecksumType", "FULL_OBJECT") != "FULL_OBJECT" or "-" in digest:
+            digest = self._read_digest(name)
         return base64.b64decode(digest).hex()
 
     def put(self, name: str, body: bytes | IO[bytes], etag: str | None) -> str:
@@ -218,7 +222,7 @@ def _explained(path: str) -> Iterator[None]:
         yield
     except ClientError as error:
         raise _refusal(path, error) from None
-    except BotoCoreError as error:
+    except (BotoCoreError, ValueError) as error:  # the latter for an endpoint that is none
         raise _no_answer(path, error) from None
 
 
@@ -245,4 +249,5 @@ def _no_answer(path: str, error: Exception) -> DependencyError:
         hint = "AWS_CA_BUNDLE names a file of the authorities that vouch for it"
     elif any(word in kind for word in ("Credential", "Profile", "Token", "SSO", "Login")):
         hint = _KEY
-    return DependencyError(f"{path}: no answer: {error}", hint=hint)
+    words = _KEYS_IN_URL.sub("//", str(error))  # AWS_ENDPOINT_URL may have some
+    return DependencyError(f"{path}: no answer: {words}", hint=hint)

@@ -27,6 +27,7 @@ _RENEW_S = 5.0
 _LOOK_S = 1.0
 _NAME = "lock"
 _FREE = b"{}"
+_NO_ETAG = f'"{"0" * 32}"'  # of no claim
 
 log = structlog.get_logger(__name__)
 
@@ -88,10 +89,11 @@ class S3Lock:
         return None if found is None else found.etag
 
     def _try_conditions(self) -> None:
-        """Say so when the server takes a put whose condition does not hold."""
-        with suppress(CheckError):  # as it should be: there is one
-            self._etag = self._bucket.put(_NAME, _claim(), None)
-            self._bucket.has_conditions = False
+        """Say so when the server takes a put whose condition does not hold; some know one of the two alone."""
+        for condition in (None, _NO_ETAG):
+            with suppress(CheckError):  # as it should be: there is one, and another
+                self._etag = self._bucket.put(_NAME, _claim(), condition)
+                self._bucket.has_conditions = False
         if not self._bucket.has_conditions:
             log.warning("this store knows no conditional writes: see that no two commands work on it at once")
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.cameras import Block, Positive, without_credentials
-from pipeline.places import Place, Where, beside
+from pipeline.places import Place, Where, beside, is_within
 
 _ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}")
 
@@ -74,9 +74,11 @@ class Triton(Block):
         return address
 
     @model_validator(mode="after")
-    def _are_of_one_kind(self) -> Triton:
+    def _are_two_of_one_kind(self) -> Triton:
         if isinstance(self.models_repo, Path) is not isinstance(self.versions, Path):
             raise ValueError("`models_repo` and `model_store` are two folders or two addresses `s3://...`")
+        if is_within(self.versions, self.models_repo) or is_within(self.models_repo, self.versions):
+            raise ValueError("`models_repo` and `model_store` lie in one another: name two places side by side")
         return self
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import subprocess
 import sys
@@ -20,12 +21,22 @@ CONFIG_FILE = Path("deploy/config/line.yaml")
 
 Config = Annotated[Path, typer.Option("--config", "-c", help="The line file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Author = Annotated[str, typer.Option(help="Who; default: this machine's name of the user. Nobody checks it.")]
+Reason = Annotated[str, typer.Option(help="Why; kept in the history.")]
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 _WIDE = 132  # columns of a table in a file or a pipe, where no terminal says how wide it is
 
 stdout = Console(width=None if sys.stdout.isatty() else _WIDE)
 stderr = Console(stderr=True, width=None if sys.stderr.isatty() else _WIDE)
+
+
+def author_of(given: str) -> str:
+    """Give who acts: as it was typed, else this machine's name of the user. Raises ConfigError where that has none."""
+    try:
+        return given or getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        raise ConfigError("this user has no name here", hint="give it with --author") from None
 
 
 def run_script(path: str, arguments: list[str]) -> int:

@@ -62,6 +62,7 @@ class ThresholdCache:
         self._faults: dict[str, str] = {}
         self._saved: dict[str, dict[str, str]] = {}
         self._read_s = 0.0
+        self._read_for: Mapping[str, Manifest] = {}
         self._fresh = True
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=_STAGE, daemon=True)
@@ -76,8 +77,8 @@ class ThresholdCache:
     def start(self) -> None:
         """Take the snapshot and begin to follow changes.
 
-        Raises DependencyError when Redis is down and no last known good copy lies on disk. A product that the copy does
-        not hold has no limits until Redis answers.
+        Raises DependencyError when Redis is down and no last known good copy lies on disk. A product of which the copy
+        holds none, or another version's, has no limits until Redis answers.
         """
         self._manifests = dict(self._manifests)  # from here on `take` changes it, and nobody else
         stored = _load(self._settings.snapshot, self._manifests)
@@ -149,7 +150,8 @@ class ThresholdCache:
                 while announced < _MOST_ANNOUNCEMENTS and changes.get_message(timeout=0.0 if announced else 0.25):
                     announced += 1
                 is_due = time.monotonic() - self._read_s >= self._settings.refresh_s
-                if announced or is_due or self._followed().keys() != self._current.keys():
+                is_other = self._manifests is not self._read_for or self._followed().keys() != self._current.keys()
+                if announced or is_due or is_other:
                     self._read()
 
     def _beat(self) -> None:
@@ -160,6 +162,7 @@ class ThresholdCache:
         return self._beside | {_version(manifest): manifest for manifest in self._manifests.values()}
 
     def _read(self) -> None:
+        self._read_for = self._manifests
         current = {
             version: self._judge(manifest, self._ask(manifest)) for version, manifest in self._followed().items()
         }
@@ -269,8 +272,8 @@ def _load(path: Path | None, manifests: Mapping[str, Manifest]) -> dict[_Version
         stored = json.loads(path.read_text(encoding="utf-8"))
         for product in manifests.keys() & stored.keys():
             threshold, manifest = replace(parse(stored[product]), source=ThresholdSource.FILE), manifests[product]
-            same = threshold.model_sha256 == manifest.model_sha256
-            loaded[_version(manifest)] = threshold if same and threshold.version > 0 else manifest.suggestion
+            if threshold.model_sha256 == manifest.model_sha256:  # else nobody knows what was set for this one
+                loaded[_version(manifest)] = threshold if threshold.version > 0 else manifest.suggestion
     except (OSError, ValueError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         log.error("threshold snapshot refused", path=str(path), error=str(error))
         return {}

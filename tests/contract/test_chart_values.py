@@ -142,6 +142,14 @@ def test_large_numbers_stay_numbers():
             "triton: {modelRepository: {pvc: {claimName: ''}, s3: {bucket: b, endpoint: 'https://s3', direct: true}}}",
             "is not https://host:port",
         ),
+        *(
+            (
+                "triton: {modelRepository: {pvc: {claimName: ''}, s3: {bucket: bbb, endpoint: 'https://s3:9', "
+                f"prefix: {prefix}, direct: true}}}}}}",
+                "with s3.direct give one of letters",
+            )
+            for prefix in ("''", "/line-7", "it(s)")
+        ),
         ("kafka: {bootstrap: []}", "kafka.bootstrap is empty"),
         ("redis: {url: ''}", "redis.url is empty"),
         ("networkPolicy: {redis: []}", "networkPolicy.redis is empty"),

@@ -314,12 +314,19 @@ def test_a_killed_promotion_leaves_one_whole_version(
         ({"bucket": "elsewhere"}, "NoSuchBucket", "make it"),
         ({"port": "9"}, "no answer", "port"),
         ({"scheme": "http"}, "no answer", "https"),
+        ({"AWS_ENDPOINT_URL_S3": "nonsense", "address": "s3://models/line-1"}, "Invalid endpoint: nonsense", "port"),
+        (
+            {"AWS_ENDPOINT_URL_S3": f"http://line:{SECRET}@127.0.0.1:9", "address": "s3://models/line-1"},
+            "http://127.0.0.1:9/models",
+            "port",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_store_is_said_with_the_remedy(
     place: Place, monkeypatch: pytest.MonkeyPatch, fault: dict[str, str], words: str, hint: str
 ) -> None:
-    """A wrong key, none, an unknown authority, no bucket, no server, plain text to TLS: the bucket and the remedy."""
+    """A wrong key, none, an unknown authority, no bucket, no server or none that could be one, plain text to TLS: the
+    bucket and the remedy, and never a key."""
     monkeypatch.setattr(s3_bucket, "_ATTEMPTS", 1)
     for name in fault:
         if fault[name]:
@@ -330,6 +337,7 @@ def test_what_is_wrong_with_a_store_is_said_with_the_remedy(
     address = place.address.replace(f"/{BUCKET}/", f"/{fault.get('bucket', BUCKET)}/")
     address = address.replace(f":{place.server.port}/", f":{fault.get('port', place.server.port)}/")
     address = address.replace("https://", f"{fault.get('scheme', 'https')}://")
+    address = fault.get("address", address)
     for call in (lambda: products_in(parse_place(address)), lambda: Bucket(parse_place(address)).put("x", b"", None)):
         with pytest.raises(DependencyError) as caught:
             call()
@@ -380,12 +388,16 @@ def test_what_somebody_else_wrote_is_not_overwritten(place: Place) -> None:
     bucket.delete("file")
 
 
-def test_a_store_without_conditions_or_hashes_is_worked_with(place: Place, tmp_path: Path) -> None:
-    """Where a server ignores conditions it is said; where it tells no hash, each file is read back."""
+@pytest.mark.parametrize("ignored", [("If-None-Match", "If-Match"), ("If-None-Match",), ("If-Match",)])
+def test_a_store_without_conditions_or_hashes_is_worked_with(
+    place: Place, tmp_path: Path, ignored: tuple[str, ...]
+) -> None:
+    """Where a server ignores conditions, or one kind of them, it is said; where it tells no hash, each file is read
+    back."""
     repository = place.open()
 
     def forget(params: dict[str, Any], **_: object) -> None:
-        for header in ("If-None-Match", "If-Match", "x-amz-checksum-sha256"):
+        for header in (*ignored, "x-amz-checksum-sha256"):
             params["headers"].pop(header, None)
 
     for store in (repository._models, repository._store):
@@ -394,6 +406,21 @@ def test_a_store_without_conditions_or_hashes_is_worked_with(place: Place, tmp_p
         assert repository.push(tiny(tmp_path / "export", 4))[1]
         assert repository.checked(PRODUCT, 4).version == 4
     assert ["no conditional writes" in each["event"] for each in said] == [True]
+
+
+@pytest.mark.parametrize("kind", [None, "COMPOSITE"])
+def test_a_hash_of_parts_is_not_taken_for_that_of_the_file(place: Place, kind: str | None) -> None:
+    """An object that another tool put in parts is read and hashed, also where the server does not say what it tells."""
+    bucket = Bucket(parse_place(place.address))
+    bucket.put("weights", b"content", None)
+
+    def of_parts(parsed: dict[str, Any], **_: object) -> None:
+        parsed.pop("ChecksumType", None)
+        parsed["ChecksumSHA256"] = s3_bucket.base64_sha256(b"other") + ("-2" if kind is None else "")
+        parsed.update({} if kind is None else {"ChecksumType": kind})
+
+    bucket._client.meta.events.register("after-call.s3.HeadObject", of_parts)
+    assert bucket.digest("weights") == hashlib.sha256(b"content").hexdigest()
 
 
 def test_more_objects_than_one_answer_holds_are_listed(place: Place) -> None:

@@ -108,6 +108,9 @@ Values that the schema cannot judge: each wrong one ends the render with a sente
 {{- else if not (regexMatch "^https://[A-Za-z0-9.-]+:[0-9]+/?$" $source.s3.endpoint) -}}
 {{- fail (printf "triton.modelRepository.s3.endpoint %q is not https://host:port: Triton reads a bucket with a port alone" $source.s3.endpoint) -}}
 {{- end -}}
+{{- if and $source.s3.direct (not (regexMatch "^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*/?$" $source.s3.prefix)) -}}
+{{- fail (printf "triton.modelRepository.s3.prefix %q: with s3.direct give one of letters, digits and ._-/, for pushed versions lie beside it" $source.s3.prefix) -}}
+{{- end -}}
 {{- if not (hasPrefix "https://" $source.s3.endpoint) -}}
 {{- fail (printf "triton.modelRepository.s3.endpoint %q is not https://..." $source.s3.endpoint) -}}
 {{- end -}}

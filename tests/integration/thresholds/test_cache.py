@@ -214,9 +214,10 @@ def test_each_version_has_limits_of_its_own(store_of, watching, manifest, tmp_pa
         assert (cache.get(product).ng, cache.get(product).source) == (7.5, ThresholdSource.REDIS)
 
 
-def test_limits_of_a_version_wait_for_its_promotion(server, store_of, watching, manifest):
-    """Set while it is pushed or on trial, they hold for its scores alone; promoted, they are in force at once, after a
-    rollback those of the version before. Nothing is called unused meanwhile, and no right is lacking."""
+def test_limits_of_a_version_wait_for_its_promotion(server, store_of, watching, manifest, tmp_path):
+    """Set while it is pushed or on trial, they hold for its scores alone; promoted, they are in force at once, and
+    after a restart without Redis; after a rollback those of the version before. Nothing is called unused meanwhile, and
+    no right is lacking."""
     product, anna = manifest.product, store_of("anna")
     following = manifest.model_copy(update={"version": manifest.version + 1, "model_sha256": "cd" * 32})
     old, new = (Model(product, str(each.version), each.model_sha256) for each in (manifest, following))
@@ -231,6 +232,7 @@ def test_limits_of_a_version_wait_for_its_promotion(server, store_of, watching, 
         cache.take(following)
         cache.keep(product, manifest)
         assert (cache.get(product).ng, cache.get(product).source) == (8.5, ThresholdSource.REDIS)
+        until(lambda: json.loads((tmp_path / "snapshot.json").read_text())[product]["ng"] == "8.5")
         anna.write([change(following, 9.5)], author="Anna")
         until(lambda: cache.get(product).ng == 9.5)
         assert (cache.get(product, old).ng, cache.get(product, old).version) == (7.5, 1)

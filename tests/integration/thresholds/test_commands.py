@@ -9,6 +9,7 @@ import yaml
 from exported import PRODUCT, tiny
 from integration.thresholds.watched import MODELS, change, spoil
 from line_process import LineProcess, received
+from signers import make_keys
 
 from pipeline import limits
 from pipeline.cli_thresholds import threshold_doubts
@@ -114,6 +115,48 @@ def test_the_commands_set_limits_of_a_version_that_is_not_served(line_of, logicr
     answered("thresholds", "set", PRODUCT, "-c", path, "--ng", "9", "--version", "2")
     back = answered("thresholds", "rollback", PRODUCT, "-c", path)["after"]
     assert (back["ng"], back["version"], answered(*get, "--model-version", "3")["ng"]) == ("8.5", "4", "7.5")
+
+
+def test_a_proposal_is_of_the_version_for_which_it_was_made(line_of, answered, tmp_path):
+    """Also where another one has been promoted since: it is listed so, and approved for that one alone."""
+    models = tmp_path / "models"
+    tiny(models, 3)
+    repository = ModelRepository(models, tmp_path / "models.versions")
+    with repository.locked():
+        repository.adopt(PRODUCT)
+        repository.push(tiny(tmp_path / "export", 4))
+    anna, ben, quinn = (
+        line_of(user, triton={"models_repo": str(models)}, product=PRODUCT) for user in ("anna", "ben", "quinn")
+    )
+    answered("thresholds", "policy", "--two-person", "-c", quinn)
+    answered("thresholds", "set", PRODUCT, "--ng", "7.5", "--author", "Anna", "-c", anna)
+    answered("thresholds", "set", PRODUCT, "--ng", "8.5", "--author", "Anna", "--model-version", "4", "-c", anna)
+    (models / PRODUCT / "manifest.json").write_bytes((repository.tree(PRODUCT, 4) / "manifest.json").read_bytes())
+    waiting = {row["model_version"]: row for row in answered("thresholds", "proposals", "-c", ben)}
+    assert {version: row["ng"] for version, row in waiting.items()} == {3: "7.5", 4: "8.5"}
+    approve = ("thresholds", "approve", PRODUCT, "--author", "Ben", "-c", ben)
+    answered(*approve, waiting[3]["id"], "--model-version", "3")
+    answered(*approve, waiting[4]["id"])
+    shown = {row["model_version"]: row["ng"] for row in answered("thresholds", "list", "-c", ben)}
+    assert shown == {3: "7.5", 4: "8.5"}
+
+
+def test_no_limits_are_set_for_a_version_that_no_worker_takes(line_of, logicrd, answered, tmp_path):
+    """Where the line names a signer and what is promoted has no signature, `set`, `suggest` and `import` say so instead
+    of an OK; the limits of the version that workers go on with can be set by its number."""
+    repository = ModelRepository(tmp_path / "models", tmp_path / "models.versions")
+    repository.models.mkdir()
+    with repository.locked():
+        repository.push(tiny(tmp_path / "export", 4))
+    tiny(repository.models, 5)
+    triton = {"models_repo": str(repository.models), "signer_file": str(make_keys(tmp_path, "site")[1])}
+    path = line_of("anna", triton=triton, product=PRODUCT)
+    file = tmp_path / "limits.yaml"
+    file.write_text(f"schema_version: 1\nthresholds: {{{PRODUCT}: {{ng: 8, review: 8}}}}\n")
+    for told in (("set", PRODUCT, "--ng", "8"), ("suggest", PRODUCT), ("import", file)):
+        code, _, err = logicrd("thresholds", *told, "-c", path)
+        assert (code, "not signed" in err) == (3, True), told
+    answered("thresholds", "set", PRODUCT, "--ng", "8", "--model-version", "4", "-c", path)
 
 
 @pytest.mark.stack

@@ -68,6 +68,21 @@ REGION = {"picture_size": [640, 480], "crop": [0, 0, 64, 64]}
         ({"cameras": [GRAPH | {"overflow": "wait"}]}, ["cameras[0]:", "`overflow`", "a queue of its own"]),
         ({"cameras": [GRAPH, RTSP | {"id": "c2"}]}, ["'c2'", "'tray'", "cannot share a threshold"]),
         (
+            {
+                "cameras": [GRAPH, RTSP | {"id": "c2", "product": "cup", "station": "s2"}],
+                "stations": [{"name": "s2", "views": [{"camera": "c2", "product": "tray"}]}],
+            },
+            ["s2: the view of camera 'c2'", "'tray'", "cannot share a threshold"],
+        ),
+        (
+            {
+                "cameras": [GRAPH, RTSP | {"id": "c2", "product": "cup", "station": "s2"}],
+                "stations": [{"name": "s2", "trigger": "message", "recipes": ["tray"]}],
+            },
+            ["s2: what a trigger names", "'tray'", "cannot share a threshold"],
+        ),
+        ({"cameras": [GRAPH], "pool": {}}, ["pool:", "no cameras with `inference: graph`"]),
+        (
             {"cameras": [GRAPH], "triton": {"address": ["a:1", "b:1"]}},
             ["triton: DeepStream asks one server", "one address"],
         ),

@@ -27,7 +27,7 @@ PLACE = Place("site", "area", "line", "worker", 2000.0)
 class Desk:
     """A judge, and what left it: part id, verdict and reasons of each event, by topic."""
 
-    def __init__(self, manifest, encoder=None, stations=None, kept=None):
+    def __init__(self, manifest, encoder=None, stations=None, kept=None, graph_products=()):
         self.metrics = Metrics()
         for camera_id in ("c1", "c2"):
             self.metrics.camera(camera_id, product="tray", station="s1")
@@ -44,6 +44,7 @@ class Desk:
             metrics=self.metrics,
             health=self.health,
             settled=self.settled.append,
+            graph_products=graph_products,
         )
 
     def _put(self, *events, final=None, otherwise=None):
@@ -149,6 +150,14 @@ def test_a_graph_s_answer_is_judged_as_the_client_s_is(desk, make_frame):
     ]
     lines["graph"].judge.answer(Inference(make_frame(image=None), scores=Scores(1.0, 1.0, 1.0)))
     lines["graph"].wait_for("audit.v1", 1)
+
+
+def test_a_graph_s_product_is_not_judged_from_pictures_of_the_line(desk, make_frame):
+    """A trigger may name any product: one whose limits are for a graph's pictures is not inferred, and never OK."""
+    line = desk(graph_products=["tray"])
+    assert line.judge.accept(make_frame(number=1, deadline_s=FAR_S)) == []
+    line.wait_for("verdict.v1", 1)
+    assert line.verdicts() == [("part-1", "UNINSPECTED", ["product_not_ready"])]
 
 
 def test_a_part_of_two_views_may_be_seen_by_a_graph_and_by_the_line(desk, make_frame, tmp_path):

@@ -201,6 +201,35 @@ def test_only_what_the_signer_signed_is_taken(repository, tmp_path):
         repository.checked(PRODUCT, 4)
 
 
+def test_a_version_that_is_there_can_be_signed_later(repository, tmp_path):
+    """Pushed before the line named a signer, or signed by a key that is renewed: the refusal names the remedy, and
+    pushing the signed folder again is one. A folder with another manifest changes nothing."""
+    mine, signer = make_keys(tmp_path, "mine")
+    folder = tiny(tmp_path / "export", 4)
+    push(repository, folder)
+    repository = ModelRepository(repository.models, tmp_path / "store", signer)
+    with pytest.raises(CheckError, match="not signed") as caught:
+        repository.checked(PRODUCT, 4)
+    assert "models sign" in caught.value.hint
+    assert "push" in caught.value.hint
+    assert not push(repository, folder)[1]
+    sign(folder / "manifest.json", mine)
+    assert push(repository, folder)[1]
+    assert not push(repository, folder)[1]
+    edit(folder, created="later")
+    sign(folder / "manifest.json", mine)
+    assert not push(repository, folder)[1]
+    assert repository.checked(PRODUCT, 4).created != "later"
+
+
+def test_the_signature_of_what_is_served_is_that_beside_it(repository, tmp_path):
+    """What workers look at is listed, also for a version that was never pushed."""
+    served = repository.promoted(PRODUCT).version
+    assert not repository.is_signed(PRODUCT, served)
+    sign(repository.models / PRODUCT / "manifest.json", make_keys(tmp_path, "mine")[0])
+    assert repository.is_signed(PRODUCT, served)
+
+
 def test_a_key_of_another_kind_signs_nothing(tmp_path):
     """RSA keys and files that are no key are named."""
     folder = tiny(tmp_path / "export", 4)

@@ -44,6 +44,9 @@ def test_places_are_read_and_written_alike(text, place):
         f"s3://models/line-1?key={HIDDEN}",
         "s3://",
         "s3://models",  # where would the versions be?
+        f" s3://https://anna:{HIDDEN}@minio.data:9000/models/line-1",
+        f"https://anna:{HIDDEN}@minio.data:9000/models/line-1",
+        f"S3://models/{HIDDEN}",
     ],
 )
 def test_addresses_that_could_mislead_are_refused_and_not_repeated(text):
@@ -60,6 +63,28 @@ def test_versions_lie_beside_what_is_served():
     assert str(Triton(models_repo="s3://models", model_store="s3://versions/line-1").versions) == "s3://versions/line-1"
     with pytest.raises(ValidationError, match="two folders or two addresses"):
         Triton(models_repo="s3://models/line-1", model_store="versions")
+
+
+@pytest.mark.parametrize(("place", "beside"), [(".", "line-1.versions"), ("..", "plant.versions")])
+def test_versions_lie_beside_the_folder_that_one_is_in(tmp_path, monkeypatch, place, beside):
+    """A folder that is called by no name of its own has one all the same; a whole file system has none."""
+    here = tmp_path / "plant/line-1"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    assert Triton(models_repo=place).versions.name == beside
+    with pytest.raises(ValidationError, match="whole file system"):
+        Triton(models_repo="/")
+
+
+@pytest.mark.parametrize(
+    ("models", "store"),
+    [("m", "m"), ("m", "m/versions"), ("/srv/m", "/srv/x/../m/v"), ("m/now", "m"), ("s3://mine/a", "s3://mine/a/v")],
+)
+def test_versions_do_not_lie_in_what_is_served(models, store):
+    """Each would take the other's folders for its own, and `prune` remove what is served."""
+    with pytest.raises(ValidationError, match="lie in one another"):
+        Triton(models_repo=models, model_store=store)
+    assert Triton(models_repo="s3://mine/a", model_store="s3://mine/ab").versions == S3Address("mine", "ab")
 
 
 def test_without_the_sdk_the_remedy_is_said(monkeypatch):

@@ -151,11 +151,12 @@ def test_a_broken_snapshot_is_not_used(cache_of, tmp_path, text):
         cache_of()
 
 
-def test_a_snapshot_of_another_model_gives_way_to_the_manifest(cache_of, tmp_path):
-    """Limits on disk for another model are not used: the manifest's suggestion is."""
-    (tmp_path / "snapshot.json").write_text(json.dumps({"tray": fields_of(sha=OTHER_SHA)}))
-    threshold = cache_of().get("tray")
-    assert (threshold.ng, threshold.source) == (3.0, ThresholdSource.MANIFEST)
+def test_a_snapshot_of_another_model_says_nothing_of_this_one(cache_of, tmp_path):
+    """Promoted while the worker was down, its limits set beforehand, and Redis away: neither the limits on disk nor the
+    manifest's suggestion are those in force, so there are none."""
+    (tmp_path / "snapshot.json").write_text(json.dumps({"tray": fields_of(sha=OTHER_SHA), "lid": fields_of()}))
+    cache = cache_of(products=("tray", "lid"))
+    assert (cache.get("tray"), cache.get("lid").version) == (None, 7)
 
 
 def test_a_product_of_another_line_has_no_limits(cache_of):
