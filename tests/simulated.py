@@ -11,6 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SIMULATE = Path(__file__).parents[1] / "deploy/local/simulate.py"
+# A camera of any codec, 320 x 240 at 5 pictures a second: what follows its picture is the first argument.
+PATTERN = """
+import json, sys
+import gi
+gi.require_version("Gst", "1.0")
+gi.require_version("GstRtspServer", "1.0")
+from gi.repository import GLib, Gst, GstRtspServer
+Gst.init(None)
+server, factory = GstRtspServer.RTSPServer(), GstRtspServer.RTSPMediaFactory()
+server.set_address("127.0.0.1")
+server.set_service("0")
+size = "video/x-raw,format=I420,width=320,height=240,framerate=5/1"
+factory.set_launch(f"( videotestsrc is-live=true ! {size} ! {sys.argv[1]} name=pay0 )")
+server.get_mount_points().add_factory("/c1", factory)
+server.attach(None)
+print(json.dumps({"cameras": {"c1": f"rtsp://127.0.0.1:{server.get_bound_port()}/c1"}}), flush=True)
+GLib.MainLoop().run()
+"""
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,14 @@ def simulation(playlists: dict[str, Path], folder: Path, *options: str) -> Itera
         command += ["--camera", f"{name}={path}"]
     with serving(command) as (process, addresses):
         yield Cameras(process, addresses, report_path)
+
+
+@contextmanager
+def pattern(encoder: str) -> Iterator[str]:
+    """A camera that sends a test picture as GStreamer's `encoder` (elements, the payloader last) makes it; gives its
+    address."""
+    with serving(["/usr/bin/python3", "-c", PATTERN, encoder]) as (_, addresses):
+        yield addresses["c1"]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from line_process import children, wait_until
 from reading import reading
-from simulated import SIMULATE, serving, simulation
+from simulated import SIMULATE, pattern, serving, simulation
 
 from pipeline.cameras import RtspCamera
 from pipeline.sources import child
@@ -161,6 +161,13 @@ def test_what_is_no_camera_has_no_frames(reply: bytes) -> None:
                         connection.recv(4096)
                         connection.sendall(reply)
     assert done.states[0] == (CameraState.LOST, "no_frames")
+
+
+def test_a_codec_that_no_decoder_reads_is_unsupported() -> None:
+    """A camera that sends JPEG 2000 is `codec_unsupported`, and is asked again, for somebody may set it to another."""
+    with pattern("avenc_jpeg2000 ! jpeg2000parse ! rtpj2kpay") as address, reading(rtsp(address)) as done:
+        done.wait_for(CameraState.LOST, "codec_unsupported")
+    assert done.frames == []
 
 
 def test_a_stream_that_is_joined_between_two_key_frames_loses_no_part_in_silence(tmp_path: Path) -> None:
