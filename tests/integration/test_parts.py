@@ -5,24 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import cv2
 import numpy as np
 import pytest
-import redis
-from integration.faults.proxy import Proxy
-from kafka import KafkaConsumer, KafkaProducer
+from kafka import KafkaConsumer
 from kafka.structs import TopicPartition
 from line_process import LineProcess, received, wait_until
-from simulated import pattern
 
 from pipeline.servers import Kafka
 from pipeline.tail import VerdictReader
@@ -39,33 +32,6 @@ def write_pictures(folder: Path, *numbers: int) -> str:
         grain = np.random.default_rng(number).integers(0, 255, (12, 16, 3), dtype=np.uint8)
         cv2.imwrite(str(folder / f"part-{number}.png"), cv2.resize(grain, (640, 480)))
     return str(folder)
-
-
-@pytest.fixture
-def lenient(stack, products) -> Iterator[None]:
-    """Limits that no picture reaches: a part that is whole is OK."""
-    server = redis.Redis.from_url(stack.endpoints["redis"])
-    models = Path(__file__).resolve().parents[2] / "models_repo"
-    for product in products[:2]:
-        sha = json.loads((models / product / "manifest.json").read_text())["model_sha256"]
-        fields = {"ng": "1e9", "review": "1e9", "version": "1", "model_sha256": sha}
-        server.hset(f"logicrd:threshold:{product}", mapping=fields)
-    yield
-    server.delete(*(f"logicrd:threshold:{product}" for product in products[:2]))
-
-
-@pytest.fixture
-def send(stack) -> Iterator[Any]:
-    """Send a trigger, or raw bytes; returns once the broker has it."""
-    producer = KafkaProducer(bootstrap_servers=[stack.endpoints["kafka"]], acks="all")
-
-    def send(line: str, part_id: str = "", *, raw: bytes | None = None, **fields: Any) -> None:
-        data = {"partId": part_id, "station": STATION, "line": line, **fields}
-        value = json.dumps(data).encode() if raw is None else raw
-        producer.send(TRIGGERS, key=f"{line}/{STATION}".encode(), value=value).get(timeout=10)
-
-    yield send
-    producer.close()
 
 
 def by_part(verdicts) -> dict[str, dict[str, Any]]:
@@ -97,10 +63,10 @@ def started(line: LineProcess) -> None:
 @pytest.mark.usefixtures("lenient")
 def test_two_cameras_make_one_part_and_a_late_frame_changes_nothing(stack, line_file, products, tmp_path):
     """Same id, one verdict with both views; a view that comes after the deadline is named missing, then audited."""
-    made = line_file(stack, budget_ms=10_000)
+    made = line_file(stack, budget_ms=5000)
     quick, slow = write_pictures(tmp_path / "a", 1, 2, 3), write_pictures(tmp_path / "b", 1, 2)
     made.camera(type="folder", path=quick, product=products[0], station=STATION)
-    made.camera(type="folder", path=slow, product=products[0], station=STATION, rate=0.08)
+    made.camera(type="folder", path=slow, product=products[0], station=STATION, rate=0.14)
     made.settings["stations"] = [{"name": STATION, "views": [{"camera": "cam-1"}, {"camera": "cam-2"}]}]
     with LineProcess(made.write()) as line:
         summary = line.wait()
@@ -116,7 +82,7 @@ def test_two_cameras_make_one_part_and_a_late_frame_changes_nothing(stack, line_
         assert (half["verdict"], half["reasonCodes"]) == ("UNINSPECTED", ["deadline"])
         assert half["missingViews"] == [{"cameraId": "cam-2", "required": True, "cause": "deadline"}]
         assert half["views"][0]["verdict"] == "OK"
-        assert 10_000 <= half["timing"]["decidedMs"] < 15_000
+        assert 5000 <= half["timing"]["decidedMs"] < 10_000
     assert audited(stack.endpoints["kafka"], made.name) == [("late_frame", "cam-2", "part-2.png", True)]
     (station,) = summary["stations"]
     assert station["triggered"] == sum(station["judgements"].values()) == 3
@@ -177,105 +143,6 @@ def test_triggers_make_the_parts(stack, line_file, products, tmp_path, send):
     assert len(letters) == 4
     (station,) = summary["stations"]
     assert station["triggered"] == sum(station["judgements"].values()) == 5
-
-
-def test_a_trigger_for_a_camera_that_is_away_ends_on_time_with_its_name(stack, line_file, products, send):
-    """UNINSPECTED at the deadline, `camera_lost`, and the camera is named; the trigger's own part is the verdict's."""
-    made = line_file(stack, budget_ms=2000)
-    made.camera(type="rtsp", url="rtsp://127.0.0.1:9/none", product=products[0], station=STATION, connect_timeout_s=1)
-    made.settings["stations"] = [{"name": STATION, "trigger": "message"}]
-    with LineProcess(made.write()) as line:
-        started(line)
-        wait_until(lambda: "camera lost" in line.log(), 30, "a lost camera")
-        send(made.name, "part-1")
-        verdicts = received(stack.endpoints["kafka"], made.name, at_least=1, timeout_s=30)
-        line.stop()
-    (data,) = by_part(verdicts).values()
-    assert (data["partId"], data["verdict"], data["reasonCodes"]) == ("part-1", "UNINSPECTED", ["camera_lost"])
-    assert data["missingViews"] == [{"cameraId": "cam-1", "required": True, "cause": "camera_lost"}]
-    assert 2000 <= data["timing"]["decidedMs"] < 7000
-
-
-@pytest.fixture
-def cable() -> Iterator[tuple[str, str, Proxy]]:
-    """A camera without part ids: its own address, the one at the far end of its cable, and the cable."""
-    with pattern("x264enc tune=zerolatency key-int-max=5 ! rtph264pay") as address:
-        port = urlsplit(address).port
-        assert port is not None
-        proxy = Proxy(port)
-        proxy.start()
-        try:
-            yield address, address.replace(f":{port}/", f":{proxy.port}/"), proxy
-        finally:
-            proxy.close()
-
-
-def states(kafka: str, line: str) -> dict[str, list[tuple[str, str]]]:
-    """The states of each camera of a line and their reasons, in order."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    with VerdictReader(Kafka(bootstrap=[kafka]), topic="status.v1", start="first") as reader:
-        events = [event for event in reader.read_to_end() if event["attributes"]["source"].endswith(f"/{line}")]
-    for data in (event["data"] for event in events if "cameraId" in event["data"]):
-        found.setdefault(data["cameraId"], []).append((data["state"], data["reason"]))
-    return found
-
-
-def first_losses(changes: list[tuple[str, str]]) -> list[str]:
-    """The reason of each loss of a camera that streamed, without those of the attempts that follow."""
-    return [after[1] for before, after in pairwise(changes) if (before[0], after[0]) == ("streaming", "lost")]
-
-
-@pytest.mark.camera
-@pytest.mark.usefixtures("lenient")
-def test_a_cut_cable_costs_the_parts_of_its_time_and_heals_by_itself(stack, line_file, products, send, cable):
-    """Three cameras look at each part, two over a cable, one a decoder. It is cut in silence, then it resets.
-
-    Silence is a `timeout`; of a reset FFmpeg says no more than that the stream has ended. A part that is triggered
-    meanwhile is UNINSPECTED on time with the lost cameras' names, and has the view of the third, which never leaves;
-    before, between and after it is OK.
-    """
-    kafka, (near, far, proxy) = stack.endpoints["kafka"], cable
-    made = line_file(stack, budget_ms=3000)
-    about = {"type": "rtsp", "product": products[0], "station": STATION, "retry_max_s": 1, "connect_timeout_s": 10}
-    for url, decoder, silence_s in ((far, "ffmpeg", 2), (far, "gstreamer", 2), (near, "ffmpeg", 10)):
-        made.camera(url=url, decoder=decoder, read_timeout_s=silence_s, **about)
-    made.settings["stations"] = [{"name": STATION, "trigger": "message", "window_ms": 1000}]
-    cut = ("cam-1", "cam-2")
-
-    def wait_for(state: str) -> None:
-        def reached() -> bool:
-            found = states(kafka, made.name)
-            return all(found.get(camera, [("", "")])[-1][0] == state for camera in cut)
-
-        wait_until(reached, 60, f"cameras at the cable {state}")
-
-    with LineProcess(made.write()) as line:
-        for number, fault in enumerate((proxy.half_open, proxy.reset)):
-            wait_for("streaming")
-            send(made.name, f"whole-{number}")
-            received(kafka, made.name, at_least=2 * number + 1, timeout_s=30)
-            fault()
-            wait_for("lost")
-            time.sleep(1.2)  # their last pictures are now of no later trigger
-            send(made.name, f"cut-{number}")
-            received(kafka, made.name, at_least=2 * number + 2, timeout_s=30)
-            proxy.heal()
-        wait_for("streaming")
-        send(made.name, "whole-2")
-        received(kafka, made.name, at_least=5, timeout_s=30)
-        line.stop()
-    verdicts = received(kafka, made.name)
-    found = states(kafka, made.name)
-    assert [first_losses(found[camera]) for camera in cut] == [["timeout", "stream_ended"], ["timeout", "lost"]]
-    assert found["cam-3"] == [("streaming", "")]
-    assert (verdicts.parts, verdicts.duplicates) == (["whole-0", "cut-0", "whole-1", "cut-1", "whole-2"], 0)
-    for part_id, data in by_part(verdicts).items():
-        lost = cut if part_id.startswith("cut") else ()
-        said = ("UNINSPECTED", ["camera_lost"]) if lost else ("OK", [])
-        assert (data["verdict"], data["reasonCodes"]) == said, part_id
-        assert data["missingViews"] == [{"cameraId": name, "required": True, "cause": "camera_lost"} for name in lost]
-        assert [view["verdict"] for view in data["views"]] == ["OK"] * (3 - len(lost))
-        assert data["timing"]["decidedMs"] < 8000
 
 
 @pytest.mark.usefixtures("lenient")
