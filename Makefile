@@ -24,7 +24,7 @@ demo: ## 60 s of four simulated cameras; SOURCE=<address, video or folder> PRODU
 	.venv/bin/python deploy/local/demo.py $(if $(SOURCE),--source "$(SOURCE)") $(if $(PRODUCT),--product "$(PRODUCT)")
 
 test: ## every check and every test, against the real Triton, Kafka, Redis, RTSP and S3
-	@$(SETUP) line triton training stack chart s3
+	@$(SETUP) line triton training stack chart s3 faults
 	@$(MAKE) --no-print-directory static
 	.venv/bin/pytest -n 2 --dist loadfile tests/unit/pipeline tests/contract tests/integration tests/e2e tests/unit/models_repo
 	.venv-training/bin/pytest tests/unit/training

@@ -134,7 +134,8 @@ def check(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Try everything a run needs, once: the file, manifests, the outbox's folder, Triton's signatures, Redis, Kafka."""
+    """Try everything a run needs, once: the file, manifests, the outbox's folder, Triton's signatures, Redis, Kafka;
+    where a camera asks for DeepStream, that as well."""
     logs.configure(level="error")
     settings = configuration.load(config)
     manifests = read_manifests(settings)
@@ -143,8 +144,10 @@ def check(
         *outbox.doubts,
         *region_doubts(settings.cameras, manifests),
         *refusals(settings.cameras, settings.camera_networks),
+        *deepstream.doubts(settings.graph_products),
     ]
     done = [f"line file {config}", *(f"manifest {product}" for product in manifests), outbox.said]
+    done += deepstream.tried(settings.cameras)
     client = InferenceClient(settings.triton, manifests, metrics=Metrics(), health=Health())
     try:
         unfit = client.start(optional=manifests.keys() - set(settings.products))
@@ -165,7 +168,9 @@ def check(
     if settings.pool is not None:
         table, partitions = PoolTopic(settings.kafka).read()
         done.append(f"camera pools: {len(table)} cameras in {partitions} partitions")
-        doubts += refusals(cameras_of(table, settings.pool.name), settings.camera_networks)
+        pooled = cameras_of(table, settings.pool.name)
+        doubts += refusals(pooled, settings.camera_networks)
+        done += [what for what in deepstream.tried(pooled) if what not in done]
     if verdict:
         done += try_verdicts(settings, {manifest.product: manifest for manifest in fit})
     lines = [*(f"good  {what}" for what in done), *(f"look  {doubt}" for doubt in doubts)]

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,12 +25,13 @@ import yaml
 
 from pipeline.cameras import Camera, RtspCamera, graph_cameras
 from pipeline.config import LineConfig
-from pipeline.errors import ConfigError, SourceError
+from pipeline.errors import ConfigError, DependencyError, SourceError
 from pipeline.manifest import Manifest, Manifests, read_manifest, with_models_region
 from pipeline.networks import Networks, admitted, refusals
 from pipeline.sources import Source, open_source
 from pipeline.sources.deepstream import (
     MUX,
+    PYTHON,
     GraphFrameError,
     GraphHost,
     GraphPipe,
@@ -49,6 +51,46 @@ _AREA_FILTER = 3
 """NvBufSurfTransformInter_Algo2, super-sampling on a GPU: the nearest to the area filter of training, and not the same.
 Thresholds are to be calibrated on pictures that came this way."""
 _FLOAT_BYTES = 4
+_PROBE = """
+import ctypes
+if error := ctypes.CDLL("libcuda.so.1").cuInit(0):
+    raise SystemExit(f"the GPU's driver does not start (CUDA error {error})")
+import cupy, pyservicemaker
+"""
+"""What the child process of a graph needs, in its own Python; the first that is missing is the last line it says."""
+_PROBE_TIMEOUT_S = 60.0
+
+
+def tried(cameras: Iterable[Camera]) -> list[str]:
+    """Try whether this machine can run DeepStream, and say so; nothing where no camera asks for it.
+
+    Blocks while its packages are loaded, a minute at most. Raises DependencyError.
+    """
+    wanting = [camera.id for camera in cameras if isinstance(camera, RtspCamera) and camera.decoder == "deepstream"]
+    if not wanting:
+        return []
+    command = [str(PYTHON), "-I", "-c", _PROBE]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=False)
+        why = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = str(error)
+    if why:
+        raise DependencyError(
+            f"DeepStream cannot be used on this machine, and camera {wanting[0]!r} asks for it: {why}",
+            hint="run the worker in the image of deploy/deepstream, where the GPU and its driver are; or set "
+            "`decoder: ffmpeg` (and no `inference: graph`)",
+        )
+    return ["DeepStream (pyservicemaker), CuPy and the GPU's driver"]
+
+
+def doubts(products: Iterable[str]) -> Iterator[str]:
+    """Say of each product that graphs score what its limits have to come from."""
+    for product in products:
+        yield (
+            f"product {product!r} is scored by a graph, which scales pictures otherwise than training does: take its "
+            f"limits from scores that came this way (`logicrd thresholds suggest {product} --reviewed`)"
+        )
 
 
 class Graphs:

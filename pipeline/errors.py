@@ -2,7 +2,7 @@
 
     LineError                    exit 1   our fault, unless a subclass says otherwise
     ├── ConfigError              exit 3   the line file, a manifest or a named product is wrong
-    ├── DependencyError          exit 4   Triton, Kafka or Redis cannot be reached or refuses us
+    ├── DependencyError          exit 4   Triton, Kafka or Redis cannot be reached or refuses us; or no DeepStream
     ├── CheckError               exit 5   something answered, but is not what it has to be
     │   └── ModelMismatchError   exit 5   Triton's signature is not the manifest's
     └── SourceError              no exit  a camera or a picture; the supervisor turns it into a state or a verdict
@@ -36,7 +36,7 @@ class ConfigError(LineError):
 
 
 class DependencyError(LineError):
-    """A server that the line needs does not answer, or answers with a refusal."""
+    """What the line needs beside itself is not there: a server that does not answer or refuses, or DeepStream."""
 
     exit_code = 4
 

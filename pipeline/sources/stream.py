@@ -40,7 +40,6 @@ _REASONS: tuple[tuple[type[Exception], str, str], ...] = (
     (av.error.TimeoutError, "timeout", "check the network and the camera's power"),
     (av.error.ExitError, "timeout", "check the network and the camera's power"),
     (av.error.ConnectionRefusedError, "unreachable", "check the address, the port, and that the camera is on"),
-    (av.error.DecoderNotFoundError, "codec_unsupported", "set the camera to H.264"),
     (av.error.InvalidDataError, "codec_unsupported", "the file is cut, empty or of an unknown format"),
 )
 _NO_STREAM = "check that the address is that of a stream, and that the camera still sends one"

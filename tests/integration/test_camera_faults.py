@@ -14,12 +14,10 @@ from contextlib import contextmanager, suppress
 from ipaddress import ip_network
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 from line_process import children, wait_until
 from reading import reading
-from simulated import SIMULATE, serving, simulation
+from simulated import SIMULATE, pattern, plain_playlist, serving, simulation, three_sizes
 
 from pipeline.cameras import RtspCamera
 from pipeline.sources import child
@@ -37,18 +35,7 @@ def rtsp(url: str, **settings: object) -> RtspCamera:
 @pytest.fixture(scope="module")
 def playlist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty different pictures."""
-    return write_playlist(tmp_path_factory.mktemp("pictures"), range(20))
-
-
-def write_playlist(folder: Path, colours: range | list[int]) -> Path:
-    """Write one plain picture a colour, which H.264 keeps bit for bit."""
-    entries = []
-    for number, colour in enumerate(colours):
-        cv2.imwrite(str(folder / f"{number}.png"), np.full((240, 320, 3), 40 + 8 * colour, np.uint8))
-        entries.append(f'{{"path": "{number}.png", "part_id": "p{number}"}}')
-    path = folder / "list.json"
-    path.write_text(f"[{', '.join(entries)}]")
-    return path
+    return plain_playlist(tmp_path_factory.mktemp("pictures"), range(20))
 
 
 def camera_processes() -> list[int]:
@@ -132,7 +119,7 @@ def test_a_camera_that_falls_silent_is_a_timeout(playlist: Path, tmp_path: Path)
 def test_a_frozen_camera_is_lost_and_its_part_not_judged(tmp_path: Path) -> None:
     """The same picture for `frozen_after_s` is `frozen_picture`: the part goes on as `camera_lost`, without a picture,
     and opening the camera anew does not call it well while it still repeats itself."""
-    playlist = write_playlist(tmp_path, [1, 2, 3, *[4] * 57])
+    playlist = plain_playlist(tmp_path, [1, 2, 3, *[4] * 57])
     with (
         simulation({"c1": playlist}, tmp_path, "--rate", "10", "--loop") as cameras,
         reading(rtsp(cameras.addresses["c1"], frozen_after_s=0.6)) as done,
@@ -163,9 +150,16 @@ def test_what_is_no_camera_has_no_frames(reply: bytes) -> None:
     assert done.states[0] == (CameraState.LOST, "no_frames")
 
 
+def test_a_codec_that_no_decoder_reads_is_unsupported() -> None:
+    """A camera that sends JPEG 2000 is `codec_unsupported`, and is asked again, for somebody may set it to another."""
+    with pattern("avenc_jpeg2000 ! jpeg2000parse ! rtpj2kpay") as address, reading(rtsp(address)) as done:
+        done.wait_for(CameraState.LOST, "codec_unsupported")
+    assert done.frames == []
+
+
 def test_a_stream_that_is_joined_between_two_key_frames_loses_no_part_in_silence(tmp_path: Path) -> None:
     """The camera starts to send at its fourth picture, the next key frame is its eleventh: seven parts are told."""
-    playlist = write_playlist(tmp_path, range(20))
+    playlist = plain_playlist(tmp_path, range(20))
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); import simulate; from pathlib import Path;"
         "arguments = simulate._parser().parse_args(['--camera', f'c1={sys.argv[2]}', '--rate', '10']);"
@@ -183,20 +177,11 @@ def test_a_stream_that_is_joined_between_two_key_frames_loses_no_part_in_silence
 
 def test_a_new_resolution_is_a_frame_like_any_other_unless_its_size_is_set(tmp_path: Path) -> None:
     """A camera may change its picture's size in mid-stream; with `picture_size` the others are `frame_corrupt`."""
-    playlist = write_playlist(tmp_path, range(10))
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import simulate; from pathlib import Path;"
-        "arguments = simulate._parser().parse_args(['--camera', f'c1={sys.argv[2]}', '--rate', '10']);"
-        "entries = simulate.read_playlist(Path(sys.argv[2]));"
-        "frames = [frame for size in ((320, 240), (640, 480), (160, 120))"
-        " for frame in simulate.encode(entries, *size, arguments.rate)];"
-        "simulate.serve({'c1': frames}, arguments)"
-    )
-    command = [sys.executable, "-c", program, str(SIMULATE.parent), str(playlist)]
-    with serving(command) as (_, addresses), reading(rtsp(addresses["c1"])) as done:
+    playlist = plain_playlist(tmp_path, range(10))
+    with three_sizes(playlist) as address, reading(rtsp(address)) as done:
         done.wait_for(CameraState.LOST, "stream_ended")
     assert [frame.cause for frame in done.frames] == [None] * 30
-    with serving(command) as (_, addresses), reading(rtsp(addresses["c1"], picture_size=[320, 240])) as done:
+    with three_sizes(playlist) as address, reading(rtsp(address, picture_size=[320, 240])) as done:
         done.wait_for(CameraState.LOST, "stream_ended")
     assert [frame.cause for frame in done.frames] == [None] * 10 + [Cause.FRAME_CORRUPT] * 20
     assert done.states == [(CameraState.STREAMING, ""), (CameraState.LOST, "stream_ended")]

@@ -19,6 +19,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+from simulated import pattern
 
 from pipeline.cameras import RtspCamera
 from pipeline.errors import FrameError, SourceError
@@ -26,23 +27,6 @@ from pipeline.sources import Source, deepstream, open_source
 from pipeline.sources.deepstream import GraphHost, GraphSource
 from pipeline.types import IDLE, Picture
 
-SYSTEM_PYTHON = "/usr/bin/python3"
-JPEG_CAMERA = """
-import gi
-gi.require_version("Gst", "1.0")
-gi.require_version("GstRtspServer", "1.0")
-from gi.repository import GLib, Gst, GstRtspServer
-Gst.init(None)
-server, factory = GstRtspServer.RTSPServer(), GstRtspServer.RTSPMediaFactory()
-server.set_address("127.0.0.1")
-server.set_service("0")
-size = "video/x-raw,format=I420,width=320,height=240,framerate=5/1"
-factory.set_launch(f"( videotestsrc is-live=true ! {size} ! jpegenc ! rtpjpegpay name=pay0 pt=26 )")
-server.get_mount_points().add_factory("/jpeg", factory)
-server.attach(None)
-print(server.get_bound_port(), flush=True)
-GLib.MainLoop().run()
-"""
 SIMULATE = Path(__file__).parents[2] / "deploy/local/simulate.py"
 PICTURES = 20
 SIZE = (322, 242)  # a row of 966 bytes: GStreamer pads it to 968
@@ -156,16 +140,12 @@ def test_a_camera_that_refuses_says_why(playlist: Path, path: str, options: tupl
 
 def test_a_camera_of_another_codec_is_told_which() -> None:
     """A camera that sends JPEG is `codec_unsupported`, by its codec's name; FFmpeg reads it."""
-    with subprocess.Popen([SYSTEM_PYTHON, "-c", JPEG_CAMERA], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            settings = camera(f"rtsp://127.0.0.1:{process.stdout.readline().strip()}/jpeg", connect_timeout_s=30)
-            with open_source(settings) as source, pytest.raises(SourceError, match="sends JPEG") as caught:
-                source.read()
-            with open_source(settings.model_copy(update={"decoder": "ffmpeg"})) as source:
-                assert next(read_count(source, 1)).image.shape == (240, 320, 3)
-        finally:
-            process.terminate()
-            process.wait(timeout=10)
+    with pattern("jpegenc ! rtpjpegpay") as address:
+        settings = camera(address, connect_timeout_s=30)
+        with open_source(settings) as source, pytest.raises(SourceError, match="sends JPEG") as caught:
+            source.read()
+        with open_source(settings.model_copy(update={"decoder": "ffmpeg"})) as source:
+            assert next(read_count(source, 1)).image.shape == (240, 320, 3)
     assert caught.value.reason == "codec_unsupported"
 
 

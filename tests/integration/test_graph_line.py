@@ -5,8 +5,11 @@ The stand-in (`graph_stand_in.py`) sits below our own graph process and asks the
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -133,3 +136,19 @@ def test_a_graph_that_dies_or_hangs_says_so_and_starts_anew(stack, line_file, pr
     assert set(verdicts.causes) <= {"triton_unavailable", "deadline"}
     assert verdicts.events[-1]["data"]["verdict"] != "UNINSPECTED"
     assert losses(kafka, made, "cam-1") == ["capture_died", "timeout"], line.log()
+
+
+def test_check_says_that_deepstream_is_there_and_where_limits_come_from(stack, line_file, products, pictures):
+    """Where DeepStream's Python finds all it needs, that is good; that the graph's limits are its own is to look at."""
+    made = line_file(stack)
+    graph_camera(made, products[0], pictures[products[0]])
+    program = (
+        "import sys; from pathlib import Path; from pipeline import cli, deepstream;"
+        "deepstream.PYTHON = Path('/bin/true'); cli.main()"
+    )
+    command = [sys.executable, "-c", program, "check", "--json", "-c", str(made.write())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert "DeepStream (pyservicemaker), CuPy and the GPU's driver" in answer["checked"]
+    assert [doubt for doubt in answer["doubts"] if f"suggest {products[0]} --reviewed" in doubt]

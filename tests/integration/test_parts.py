@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from urllib.request import urlopen
 import cv2
 import numpy as np
 import pytest
-import redis
-from kafka import KafkaConsumer, KafkaProducer
+from kafka import KafkaConsumer
 from kafka.structs import TopicPartition
 from line_process import LineProcess, received, wait_until
 
@@ -34,33 +32,6 @@ def write_pictures(folder: Path, *numbers: int) -> str:
         grain = np.random.default_rng(number).integers(0, 255, (12, 16, 3), dtype=np.uint8)
         cv2.imwrite(str(folder / f"part-{number}.png"), cv2.resize(grain, (640, 480)))
     return str(folder)
-
-
-@pytest.fixture
-def lenient(stack, products) -> Iterator[None]:
-    """Limits that no picture reaches: a part that is whole is OK."""
-    server = redis.Redis.from_url(stack.endpoints["redis"])
-    models = Path(__file__).resolve().parents[2] / "models_repo"
-    for product in products[:2]:
-        sha = json.loads((models / product / "manifest.json").read_text())["model_sha256"]
-        fields = {"ng": "1e9", "review": "1e9", "version": "1", "model_sha256": sha}
-        server.hset(f"logicrd:threshold:{product}", mapping=fields)
-    yield
-    server.delete(*(f"logicrd:threshold:{product}" for product in products[:2]))
-
-
-@pytest.fixture
-def send(stack) -> Iterator[Any]:
-    """Send a trigger, or raw bytes; returns once the broker has it."""
-    producer = KafkaProducer(bootstrap_servers=[stack.endpoints["kafka"]], acks="all")
-
-    def send(line: str, part_id: str = "", *, raw: bytes | None = None, **fields: Any) -> None:
-        data = {"partId": part_id, "station": STATION, "line": line, **fields}
-        value = json.dumps(data).encode() if raw is None else raw
-        producer.send(TRIGGERS, key=f"{line}/{STATION}".encode(), value=value).get(timeout=10)
-
-    yield send
-    producer.close()
 
 
 def by_part(verdicts) -> dict[str, dict[str, Any]]:
@@ -92,10 +63,10 @@ def started(line: LineProcess) -> None:
 @pytest.mark.usefixtures("lenient")
 def test_two_cameras_make_one_part_and_a_late_frame_changes_nothing(stack, line_file, products, tmp_path):
     """Same id, one verdict with both views; a view that comes after the deadline is named missing, then audited."""
-    made = line_file(stack, budget_ms=10_000)
+    made = line_file(stack, budget_ms=5000)
     quick, slow = write_pictures(tmp_path / "a", 1, 2, 3), write_pictures(tmp_path / "b", 1, 2)
     made.camera(type="folder", path=quick, product=products[0], station=STATION)
-    made.camera(type="folder", path=slow, product=products[0], station=STATION, rate=0.08)
+    made.camera(type="folder", path=slow, product=products[0], station=STATION, rate=0.14)
     made.settings["stations"] = [{"name": STATION, "views": [{"camera": "cam-1"}, {"camera": "cam-2"}]}]
     with LineProcess(made.write()) as line:
         summary = line.wait()
@@ -111,7 +82,7 @@ def test_two_cameras_make_one_part_and_a_late_frame_changes_nothing(stack, line_
         assert (half["verdict"], half["reasonCodes"]) == ("UNINSPECTED", ["deadline"])
         assert half["missingViews"] == [{"cameraId": "cam-2", "required": True, "cause": "deadline"}]
         assert half["views"][0]["verdict"] == "OK"
-        assert 10_000 <= half["timing"]["decidedMs"] < 15_000
+        assert 5000 <= half["timing"]["decidedMs"] < 10_000
     assert audited(stack.endpoints["kafka"], made.name) == [("late_frame", "cam-2", "part-2.png", True)]
     (station,) = summary["stations"]
     assert station["triggered"] == sum(station["judgements"].values()) == 3
@@ -172,23 +143,6 @@ def test_triggers_make_the_parts(stack, line_file, products, tmp_path, send):
     assert len(letters) == 4
     (station,) = summary["stations"]
     assert station["triggered"] == sum(station["judgements"].values()) == 5
-
-
-def test_a_trigger_for_a_camera_that_is_away_ends_on_time_with_its_name(stack, line_file, products, send):
-    """UNINSPECTED at the deadline, `camera_lost`, and the camera is named; the trigger's own part is the verdict's."""
-    made = line_file(stack, budget_ms=2000)
-    made.camera(type="rtsp", url="rtsp://127.0.0.1:9/none", product=products[0], station=STATION, connect_timeout_s=1)
-    made.settings["stations"] = [{"name": STATION, "trigger": "message"}]
-    with LineProcess(made.write()) as line:
-        started(line)
-        wait_until(lambda: "camera lost" in line.log(), 30, "a lost camera")
-        send(made.name, "part-1")
-        verdicts = received(stack.endpoints["kafka"], made.name, at_least=1, timeout_s=30)
-        line.stop()
-    (data,) = by_part(verdicts).values()
-    assert (data["partId"], data["verdict"], data["reasonCodes"]) == ("part-1", "UNINSPECTED", ["camera_lost"])
-    assert data["missingViews"] == [{"cameraId": "cam-1", "required": True, "cause": "camera_lost"}]
-    assert 2000 <= data["timing"]["decidedMs"] < 7000
 
 
 @pytest.mark.usefixtures("lenient")

@@ -235,6 +235,7 @@ QUICK = {
     "triton-killed",
     "worker-killed-without-kafka",
     "disk-full",
+    "clock-back",
     "free-run-worker-killed-without-kafka",
     "storm-1",
 }

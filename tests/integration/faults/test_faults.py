@@ -44,7 +44,7 @@ def test_every_part_has_one_verdict(
     if case.disk and not bench.can_mount:
         pytest.skip("needs root, to mount a small disk")
     if case.clock and bench.clock is None:
-        pytest.skip("needs a C compiler: `make faults` installs one")
+        pytest.skip("needs a C compiler: `make test` and `make faults` install one")
     began_s = time.monotonic()
     run = Run(bench, case, tmp_path, f"{seed}:{case.name}")
     account, failure = None, "did not come to its end"

@@ -2,10 +2,11 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
-from pipeline import cli
+from pipeline import cli, deepstream
 
 
 @pytest.fixture
@@ -105,6 +106,19 @@ def test_a_server_that_is_not_there_is_exit_4(logicrd, line_file, models_repo, c
     assert (code, out) == (4, "")
     assert server in err
     assert "hint:" in err
+
+
+def test_a_machine_without_deepstream_is_exit_4_and_says_what_is_missing(logicrd, line_file, models_repo, monkeypatch):
+    """`check` names the camera and the first thing that is missing, before it asks any server; without it, nothing."""
+    assert models_repo.is_dir()
+    camera = {"id": "c1", "type": "rtsp", "product": "tray", "url": "rtsp://127.0.0.1:9/x", "decoder": "deepstream"}
+    monkeypatch.setattr(deepstream, "PYTHON", Path(sys.executable))  # which has none of it, GPU or not
+    code, out, err = logicrd("check", "--config", line_file(cameras=[camera]))
+    assert (code, out) == (4, "")
+    assert "DeepStream cannot be used on this machine, and camera 'c1' asks for it: " in err
+    assert any(name in err for name in ("libcuda.so.1", "CUDA error", "No module named"))
+    assert "deploy/deepstream" in err
+    assert deepstream.tried([]) == []
 
 
 @pytest.mark.usefixtures("failed_start")

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import config
+from pipeline import config, deepstream
 from pipeline.deepstream import Graphs, ScoredSource
-from pipeline.errors import SourceError
+from pipeline.errors import DependencyError, SourceError
 from pipeline.manifest import Manifests, read_manifest
 from pipeline.sources.files import FolderSource
 
@@ -83,3 +83,15 @@ def test_a_folder_that_cannot_be_written_is_a_loss_that_is_tried_again(graphs, s
     with pytest.raises(SourceError) as caught:
         graphs.open(settings.cameras[0])
     assert (caught.value.reason, caught.value.final) == ("capture_died", False)
+
+
+@pytest.mark.parametrize(("program", "why"), [("exec sleep 5", "timed out"), ("exit 7", "exit code 7")])
+def test_a_probe_that_hangs_or_dies_is_no_deepstream(settings, tmp_path, monkeypatch, program, why):
+    """A library that hangs, or ends the process without a word, is told as one that is missing."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{program}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(deepstream, "PYTHON", python)
+    monkeypatch.setattr(deepstream, "_PROBE_TIMEOUT_S", 0.5)
+    with pytest.raises(DependencyError, match=why):
+        deepstream.tried(settings.cameras)
