@@ -87,8 +87,8 @@ def test_uninspected_goes_out_on_time_while_triton_hangs(made, stack):
 
 
 def test_a_budget_bounds_the_wait_in_tritons_queues(stack, products):
-    """Of twelve batches that ask for 1 ms of waiting, those that would wait longer are refused by the ensemble's own
-    steps, as with a full queue, instead of being judged for nobody."""
+    """Of twelve batches that ask for 1 ms of waiting, those that would wait longer are refused by the ensemble's
+    first step, as with a full queue, instead of being judged for nobody."""
     client = InferenceServerClient(stack.endpoints["triton"])
     metadata = client.get_model_metadata(products[0], as_json=True)
     height, width = (int(size) for size in metadata["inputs"][0]["shape"][1:3])
