@@ -213,7 +213,6 @@ class InferenceClient:
                 answered,
                 outputs=self._outputs,
                 client_timeout=remaining_s,
-                timeout=int(remaining_s * 1e6),  # in the server's queues, which a cancelled call may stay in
                 headers=None if (trace := _request(batch)) is None else {"traceparent": trace},
             )
         except (InferenceServerException, ValueError) as error:  # ValueError: the channel is closed

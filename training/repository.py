@@ -24,9 +24,11 @@ from training.region import RegionOfInterest
 from training.stages import Wiring
 
 CPU_BATCH, GPU_BATCH = 8, 32
-# Requests that may wait for the first step before Triton refuses more: the line stops earlier, this guards the server.
+# Requests that an ensemble may hold before Triton refuses more: the line stops earlier, this guards the server. No
+# step's queue is bounded, in number or time: with any such bound Triton's batcher sleeps on for half a second where a
+# request comes just before the instance is ready again; that befell 1 request in 500 at every step. A call whose caller
+# gave up still costs the step that it waits for, and no later one.
 MAX_QUEUE = 64
-LONGEST_WAIT_US = 600_000_000  # the longest budget that a line can have
 # How long a step waits for company. On a GPU half a millisecond fills batches; on CPU the line's own batches come full.
 GPU_QUEUE_DELAY_US = 500
 ENSEMBLE_OUTPUTS = ("score", "map_score", "mahalanobis", "anomaly_map")
@@ -236,21 +238,7 @@ def _step_config(
     _add_tensors(config, inputs, outputs, shapes)
     batching = config.dynamic_batching
     batching.max_queue_delay_microseconds = GPU_QUEUE_DELAY_US if serving.target is Target.GPU else 0
-    if "image" in inputs:
-        _bound_queue(batching.default_queue_policy)
     return config
-
-
-def _bound_queue(policy: pb.ModelQueuePolicy) -> None:
-    """Bound how many requests wait and how long, at the first step alone.
-
-    Work waits there, before the slowest step. With any such bound Triton's batcher sleeps on where a request comes just
-    before the one instance is ready again, for half a second: at every step that was 1 request in 500.
-    """
-    policy.max_queue_size = MAX_QUEUE
-    # A request's own budget bounds its wait in the queue; Triton minds one below the model's default only.
-    policy.default_timeout_microseconds = LONGEST_WAIT_US
-    policy.allow_timeout_override = True
 
 
 def _add_tensors(config: pb.ModelConfig, inputs: tuple[str, ...], outputs: tuple[str, ...], shapes: Shapes) -> None:
