@@ -86,7 +86,7 @@ def test_uninspected_goes_out_on_time_while_triton_hangs(made, stack):
 
 
 def test_calls_that_are_given_up_go_no_further_in_triton(stack, products):
-    """Of 24 batches whose caller gives up after 0.3 s most are never computed to the end: their next step is not begun."""
+    """Of 24 batches whose caller gives up after 0.3 s most are never computed to the end."""
     client = InferenceServerClient(stack.endpoints["triton"])
     metadata = client.get_model_metadata(products[0], as_json=True)
     height, width = (int(size) for size in metadata["inputs"][0]["shape"][1:3])
