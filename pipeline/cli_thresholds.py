@@ -233,9 +233,10 @@ def thresholds_proposals(config: Config = CONFIG_FILE, as_json: Json = False) ->
     store = ThresholdStore(settings.redis)
     rows = []
     for product, manifest in read_manifests(settings).items():
+        own = store.proposal(product)
         known = (manifest, *versions_of(settings, product)[1].values())
         versions = {each.model_sha256: each.version for each in known}
-        for fields in (store.proposal(product), *(store.proposal(product, sha) for sha in versions)):
+        for fields in (own, *(store.proposal(product, sha) for sha in versions)):
             if fields:  # that at the product's record may be for the version that was served when it was made
                 version = versions.get(fields.get("model_sha256", ""), "?")
                 rows.append({"product": product, "model_version": version, **fields})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -97,6 +98,13 @@ def pictures(source: Source, count: int) -> Iterator[Picture]:
             yield picture
 
 
+def whole_pictures(source: Source) -> Iterator[Picture]:
+    """Give pictures, past those of which a busy machine lost packets."""
+    for _ in range(50):
+        with contextlib.suppress(FrameError):
+            yield from pictures(source, 1)
+
+
 @pytest.mark.usefixtures("camera")
 def test_pictures_come_in_the_camera_s_own_count() -> None:
     """Every frame once, in order; the count runs on where the camera's 16 bits wrap from 65535 to 1 (the fake one does
@@ -117,7 +125,7 @@ def test_pictures_come_in_the_camera_s_own_count() -> None:
 def test_every_pixel_format_becomes_rgb(pixel_format: str) -> None:
     """Grey, Bayer and colour cameras all give HWC RGB; the fake camera's picture is grey where it is told to be."""
     with open_source(genicam(pixel_format=pixel_format, packet_size=1500, packet_delay_ns=0)) as source:
-        image = next(pictures(source, 1)).image
+        image = next(whole_pictures(source)).image
     assert image.shape == (512, 512, 3)
     assert image.std() > 1
     if pixel_format == "Mono8":

@@ -103,7 +103,7 @@ def test_a_server_that_is_not_there_is_exit_4(logicrd, line_file, models_repo, c
     """A dependency that refuses is named with its address and what to do, within its time."""
     assert models_repo.is_dir()
     code, out, err = logicrd(*command, "--config", line_file())
-    assert (code, out) == (4, "")
+    assert (code, out) == (4, ""), err
     assert server in err
     assert "hint:" in err
 
@@ -114,7 +114,7 @@ def test_a_machine_without_deepstream_is_exit_4_and_says_what_is_missing(logicrd
     camera = {"id": "c1", "type": "rtsp", "product": "tray", "url": "rtsp://127.0.0.1:9/x", "decoder": "deepstream"}
     monkeypatch.setattr(deepstream, "PYTHON", Path(sys.executable))  # which has none of it, GPU or not
     code, out, err = logicrd("check", "--config", line_file(cameras=[camera]))
-    assert (code, out) == (4, "")
+    assert (code, out) == (4, ""), err
     assert "DeepStream cannot be used on this machine, and camera 'c1' asks for it: " in err
     assert any(name in err for name in ("libcuda.so.1", "CUDA error", "No module named"))
     assert "deploy/deepstream" in err
@@ -211,7 +211,7 @@ def test_cameras_apply_without_kafka_is_exit_4(logicrd, line_file, tmp_path):
     cameras = tmp_path / "cameras.yaml"
     cameras.write_text("[]")
     code, out, err = logicrd("cameras", "apply", cameras, "-c", line_file())
-    assert (code, out) == (4, "")
+    assert (code, out) == (4, ""), err
     assert "Kafka at 127.0.0.1:9" in err
     assert "hint:" in err
 
