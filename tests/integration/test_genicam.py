@@ -288,7 +288,7 @@ def test_a_gap_in_the_camera_s_counter_is_parts_that_were_missed(stack, line_fil
 def test_a_picture_scores_as_its_file_does(stack, line_file, products, tmp_path) -> None:
     """The fake camera's ramp of all colours moves from frame to frame; each scores as the same pixels from a PNG file.
 
-    Nothing differs but the batch that a picture was in: less than 1e-4 of the score.
+    Nothing differs but the batch that a picture was in: less than 1e-5 of the score.
     """
     with fake_camera():
         grab = ["/usr/bin/python3", "-c", GRAB, str(tmp_path), "6"]
@@ -314,5 +314,5 @@ def test_a_picture_scores_as_its_file_does(stack, line_file, products, tmp_path)
     assert sorted(files) == [1, 2, 3, 4, 5, 6]
     assert len({round(score, 3) for score in files.values()}) == 6  # they are told apart: agreement says something
     both = sorted(files.keys() & camera.keys())
-    assert both  # a busy machine may lose packets of some, or of the first ones
-    assert [camera[number] for number in both] == pytest.approx([files[number] for number in both], rel=1e-4)
+    assert len(both) >= 4  # a busy machine may lose packets of one
+    assert [camera[number] for number in both] == pytest.approx([files[number] for number in both], rel=1e-5)
