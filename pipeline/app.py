@@ -380,9 +380,10 @@ def read_manifests(config: LineConfig) -> Manifests:
     """
     repository, signer = config.triton.models_repo, config.triton.signer_file
     manifests = Manifests({product: read_manifest(repository, product, signer) for product in config.products})
-    for product in products_in(repository) if config.pool is not None else ():
+    there = products_in(repository) if config.pool is not None else []
+    for product in (product for product in there if product not in manifests):
         try:
-            manifests.setdefault(product, read_manifest(repository, product, signer))
+            manifests[product] = read_manifest(repository, product, signer)
         except ConfigError as error:
             log.error("product left out", product=product, error=str(error), hint=error.hint)
     for station in config.stations:
