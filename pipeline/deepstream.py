@@ -17,7 +17,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -147,22 +146,13 @@ class _Graph:
     host: GraphHost
 
 
-class ScoredSource:
+class ScoredSource(GraphPipe):
     """One camera of a graph that scores; see `Source` for the contract."""
 
     def __init__(self, camera: RtspCamera, graph: _Graph, manifests: Mapping[str, Manifest]) -> None:
-        self._pipe = GraphPipe(camera, graph.host)
+        super().__init__(camera, graph.host)
         self._manifest = graph.manifest
         self._manifests = manifests
-
-    def __enter__(self) -> ScoredSource:
-        self._pipe.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pipe.__exit__(kind, error, trace)
 
     def read(self) -> Seen | Scored | None:
         """Wait for the next frame that goes into the network, or comes out of it; None at the camera's own end.
@@ -174,7 +164,7 @@ class ScoredSource:
             text = f"the graph of version {self._manifest.version} ends: version {current.version} is in force"
             raise SourceError(text, reason="new_version")
         try:
-            message = self._pipe.next()
+            message = self.next()
         except GraphFrameError as error:  # its map found no room on its way here
             return Scored(-1 if error.number is None else error.number, error.captured_s, cause=Cause.QUEUE_FULL)
         if message is None:

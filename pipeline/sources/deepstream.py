@@ -22,7 +22,7 @@ from datetime import UTC, datetime, timedelta
 from fcntl import fcntl
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import SecretStr
@@ -254,7 +254,7 @@ class GraphPipe:
         self._began = False
         self._silent_s: float | None = None
 
-    def __enter__(self) -> GraphPipe:
+    def __enter__(self) -> Self:
         secret = read_secret(self._camera.password_file) if self._camera.password_file else SecretStr("")
         order = {"url": self._camera.url, "user": self._camera.user, "password": secret.get_secret_value()}
         self._reader = self._host.open(self._camera.id, {**order, "graph": software_graph()})
@@ -308,25 +308,13 @@ class GraphPipe:
         return SourceError(f"{self._camera.url}: {text}: {reason}", reason=reason, hint=_HINTS.get(reason, ""))
 
 
-class GraphSource:
+class GraphSource(GraphPipe):
     """One camera of a graph as ingest reads it; see `Source` for the contract."""
-
-    def __init__(self, camera: RtspCamera, host: GraphHost) -> None:
-        self._pipe = GraphPipe(camera, host)
-
-    def __enter__(self) -> GraphSource:
-        self._pipe.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pipe.__exit__(kind, error, trace)
 
     def read(self) -> Picture | None:
         """Give the next picture; None at the end. It is stamped when its data arrived, before decoding, in software,
         and when it came out of the graph with DeepStream, which also gives no part id."""
-        message = self._pipe.next()
+        message = self.next()
         if message is None:
             return None
         header, body = message

@@ -37,7 +37,7 @@ def graphs(settings, manifests):
 
 
 def host_of(source):
-    return source._pipe._host
+    return source._host
 
 
 def started_from(source):
