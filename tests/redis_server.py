@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import subprocess
 import time
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from processes import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 ACL_FILE = ROOT / "deploy/config/redis-users.acl"
@@ -111,11 +111,3 @@ class RedisServer:
         """The `redis` block of a line file for one of the users."""
         url = f"redis://127.0.0.1:{self.port}/0"
         return {"url": url, "user": user, "password_file": str(self.folder / f"{user}.password")} | more
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from processes import answers, free_ports
 
 GATEWAY = Path(__file__).resolve().parents[1] / ".cache/bin/versitygw"
 KEYS = {"AWS_ACCESS_KEY_ID": "line", "AWS_SECRET_ACCESS_KEY": "sesame-street", "AWS_REGION": "us-east-1"}
@@ -38,7 +39,7 @@ class S3Server:
     def start(self) -> None:
         for folder in (self.buckets / BUCKET, self.folder / "etags"):
             folder.mkdir(parents=True, exist_ok=True)
-        self.port = self.port or free_port()
+        self.port = self.port or free_ports(1)[0]
         tls = [] if self.certificate is None else ["--cert", str(self.certificate), "--key", str(self.certificate)]
         options = ["--port", f"127.0.0.1:{self.port}", "--region", KEYS["AWS_REGION"], "--quiet", *tls]
         keys = {"ROOT_ACCESS_KEY": KEYS["AWS_ACCESS_KEY_ID"], "ROOT_SECRET_KEY": KEYS["AWS_SECRET_ACCESS_KEY"]}
@@ -46,7 +47,7 @@ class S3Server:
             command = [str(GATEWAY), *options, "posix", "--sidecar", str(self.folder / "etags"), str(self.buckets)]
             self.process = subprocess.Popen(command, env=keys, stdout=log, stderr=log)
         until = time.monotonic() + _START_S
-        while not _answers(self.port):
+        while not answers(self.port):
             if self.process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"versitygw did not start: {(self.folder / 'log').read_text()[-2000:]}")
             time.sleep(0.05)
@@ -62,17 +63,3 @@ class S3Server:
         root = self.buckets / BUCKET
         found = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
         return {name: path.read_bytes() for name, path in found.items() if name.startswith(prefix)}
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def _answers(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), 1).close()
-    except OSError:
-        return False
-    return True

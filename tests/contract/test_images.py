@@ -14,7 +14,7 @@ import redis
 import yaml
 from dockerfile_parse import DockerfileParser
 from line_process import wait_until
-from redis_server import free_ports
+from processes import free_ports
 
 from pipeline import config
 from pipeline.manifest import read_manifest

@@ -7,11 +7,9 @@ Triton's name is given by a variable, as no name server of a cluster is here; it
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +23,7 @@ from typing import Any
 import pytest
 from chart import ROOT, one, pods, render
 from line_process import received
+from processes import free_ports
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
@@ -109,14 +108,6 @@ class Machine:
         return f"http://127.0.0.1:{self.ports[port]}{path}"
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 def status_of(url: str, data: bytes | None = None) -> int:
     """Ask; 0 when nobody answers."""
     try:
@@ -176,7 +167,7 @@ def values(stack: Any, backends: Path, ports: dict[str, int], pictures: Path) ->
 def machine(stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     """Render the chart, and start Triton as it says."""
     folder = tmp_path_factory.mktemp("chart")
-    ports = dict(zip(("grpc", "http", "metrics", "worker"), _free_ports(4), strict=True))
+    ports = dict(zip(("grpc", "http", "metrics", "worker"), free_ports(4), strict=True))
     overrides = values(stack, stack.state_dir / "triton/backends", ports, PARTS / PRODUCT)
     made = Machine(folder, render(overrides=overrides), ports, certificates(folder / "certificates"))
     # The environment of the embedded server, whose program is a wheel's and not on the path.

@@ -19,7 +19,8 @@ import pytest
 import structlog
 import yaml
 from exported import PRODUCT, graph, heavier, shipped, tiny, write_manifest
-from s3_server import BUCKET, KEYS, S3Server, free_port
+from processes import free_ports
+from s3_server import BUCKET, KEYS, S3Server
 from signers import make_keys
 from triton_server import Triton as TritonServer
 from triton_server import TritonPorts
@@ -490,7 +491,7 @@ def test_triton_serves_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     server.start()
     place = Place(server, "line-1")
     (tmp_path / "key").write_text("sesame")
-    ports = TritonPorts(*(free_port() for _ in range(3)))
+    ports = TritonPorts(*free_ports(3))
     triton = TritonServer(tmp_path / "state", Path(), (ROOT / ".venv-triton").resolve(), ports, "sesame")
     settings = Triton(address=f"127.0.0.1:{ports.grpc}", models_repo=place.address, control_key_file=tmp_path / "key")
     now = shipped()["version"]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from contextlib import closing, contextmanager
+from functools import partial
 
+import commands
 import pytest
 import structlog
 from integration.thresholds.watched import MODELS, USERS
 from redis_server import RedisServer, make_certificates
 
-from pipeline import cli
 from pipeline.health import Health
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.metrics import Metrics
@@ -91,15 +91,7 @@ def watching(server, manifest, tmp_path):
 @pytest.fixture
 def logicrd(monkeypatch, capsys):
     """Run the command, in this process, as a shell would; gives exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["logicrd", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        captured = capsys.readouterr()
-        return caught.value.code, captured.out, captured.err
-
-    return run
+    return partial(commands.run, monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -2,8 +2,10 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
+import commands
 import pytest
 
 from pipeline import cli, deepstream
@@ -11,16 +13,8 @@ from pipeline import cli, deepstream
 
 @pytest.fixture
 def logicrd(monkeypatch, capsys):
-    """Run the command as a shell would; gives exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["logicrd", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        captured = capsys.readouterr()
-        return caught.value.code, captured.out, captured.err
-
-    return run
+    """Run the command, in this process, as a shell would; gives exit code, stdout and stderr."""
+    return partial(commands.run, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
