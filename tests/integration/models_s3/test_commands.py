@@ -1,4 +1,5 @@
-"""A model repository in S3, on a real server (versitygw): what the folder promises holds there, whatever goes wrong."""
+"""The commands on a repository in S3, on a real server (versitygw): what a folder promises holds there, whatever goes
+wrong."""
 
 from __future__ import annotations
 
@@ -8,122 +9,27 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import structlog
 import yaml
-from exported import PRODUCT, graph, heavier, shipped, tiny, write_manifest
-from processes import free_ports
-from s3_server import BUCKET, KEYS, S3Server
-from signers import make_keys
-from triton_server import Triton as TritonServer
-from triton_server import TritonPorts
+from exported import PRODUCT, graph, tiny, write_manifest
+from integration.models_s3.places import Place
+from s3_server import BUCKET, KEYS
 
 from pipeline import cli, promotion, s3_bucket, s3_lock, s3_store
-from pipeline.errors import CheckError, ConfigError, DependencyError
-from pipeline.manifest import Manifests, products_in, read_manifest
-from pipeline.metrics import Metrics
-from pipeline.model_control import ModelControl
+from pipeline.errors import CheckError, DependencyError
+from pipeline.manifest import products_in, read_manifest
 from pipeline.model_repository import ModelRepository
-from pipeline.newcomers import Newcomers
 from pipeline.places import parse_place
-from pipeline.promotion import promote, rollback
+from pipeline.promotion import promote
 from pipeline.s3_bucket import Bucket
-from pipeline.s3_lock import S3Lock
-from pipeline.servers import Triton
-from pipeline.signatures import sign
-from pipeline.stores import store_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SECRET = KEYS["AWS_SECRET_ACCESS_KEY"]
 WRONG = SECRET[::-1]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A server with TLS, known by a certificate of its own."""
-    folder = tmp_path_factory.mktemp("s3")
-    certificate = folder / "server.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=s3"
-    files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(certificate), "-out", str(folder / "ca.pem")]
-    subprocess.run([*command.split(), *files], check=True, capture_output=True)
-    certificate.write_text(certificate.read_text() + (folder / "ca.pem").read_text())
-    made = S3Server(folder, certificate)
-    made.start()
-    yield made
-    made.stop()
-
-
-@pytest.fixture(autouse=True)
-def keys(monkeypatch: pytest.MonkeyPatch, server: S3Server) -> None:
-    """The SDK's environment, and nothing of this machine's."""
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
-        monkeypatch.delenv(name, raising=False)
-    nothing = {"AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}
-    for name, value in (KEYS | nothing | {"AWS_CA_BUNDLE": str(server.folder / "ca.pem")}).items():
-        monkeypatch.setenv(name, value)
-    store_of.cache_clear()
-    monkeypatch.setattr(s3_lock, "_RENEW_S", 0.4)
-    monkeypatch.setattr(s3_lock, "_LOOK_S", 0.3)
-    monkeypatch.setattr(S3Lock, "_free", in_a_hurry(4.0))
-
-
-def in_a_hurry(lease_s: float) -> Callable[[S3Lock], str | None]:
-    """Take a lock that is not renewed for so long; those who hold one may still be slow to renew it."""
-    free = S3Lock._free
-
-    def hurried(lock: S3Lock) -> str | None:
-        whole_s, s3_lock.LEASE_S = s3_lock.LEASE_S, lease_s
-        try:
-            return free(lock)
-        finally:
-            s3_lock.LEASE_S = whole_s
-
-    return hurried
-
-
-class Place:
-    """A repository of a test's own in the bucket; `disk` is the same, read past the server."""
-
-    def __init__(self, server: S3Server, prefix: str) -> None:
-        self.server, self.prefix = server, prefix
-        self.address = server.address(prefix)
-        self.root = server.buckets / BUCKET
-        self.disk = ModelRepository(self.root / prefix, self.root / f"{prefix}.versions")
-
-    def open(self) -> ModelRepository:
-        """As a command does it, with a client of its own."""
-        store_of.cache_clear()
-        return ModelRepository(parse_place(self.address), parse_place(f"{self.address}.versions"))
-
-    def objects(self) -> dict[str, bytes]:
-        found = self.server.objects(self.prefix)
-        return {name: content for name, content in found.items() if not name.endswith("/lock")}
-
-    def push(self, folder: Path) -> bool:
-        repository = self.open()
-        with repository.locked():
-            return repository.push(folder)[1]
-
-    def seed(self, folder: Path) -> None:
-        """Put an exported repository there, as an operator would with any tool."""
-        bucket = Bucket(parse_place(self.address))
-        for path in folder.rglob("*"):
-            if path.is_file():
-                bucket.put(path.relative_to(folder).as_posix(), path.read_bytes(), None)
-        version = json.loads((folder / PRODUCT / "manifest.json").read_text())["version"]
-        bucket.put(f"{PRODUCT}/{version}/.gitkeep", b"", None)
-
-
-@pytest.fixture
-def place(server: S3Server, tmp_path: Path) -> Place:
-    return Place(server, tmp_path.name.replace("_", "-"))
 
 
 class Servers:
@@ -349,22 +255,6 @@ def test_what_is_wrong_with_a_store_is_said_with_the_remedy(
         assert WRONG not in str(caught.value)
 
 
-def test_a_worker_judges_with_what_was_signed_alone(place: Place, tmp_path: Path) -> None:
-    """Signature and weights' hashes are asked of the bucket as of a folder: a stranger's file is named."""
-    key, signer = make_keys(tmp_path, "mine")
-    folder, address = tiny(tmp_path / "served", 3), parse_place(place.address)
-    place.seed(folder.parent)
-    with pytest.raises(ConfigError, match="not signed"):
-        read_manifest(address, PRODUCT, signer)
-    bucket = Bucket(address)
-    bucket.put(f"{PRODUCT}/manifest.json.sig", sign(folder / "manifest.json", key).read_bytes(), None)
-    assert read_manifest(address, PRODUCT, signer).version == 3
-    name = f"{PRODUCT}.map/3/model.onnx"
-    bucket.put(name, b"a stranger's", bucket.get(name).etag)
-    with pytest.raises(ConfigError, match=f"not its files: {name}"):
-        read_manifest(address, PRODUCT, signer)
-
-
 def test_what_arrives_damaged_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server compares the hash that comes with a file; nothing is there of one that differs."""
     monkeypatch.setattr(s3_bucket, "base64_sha256", lambda _, known=s3_bucket.base64_sha256: known(b"other"))
@@ -422,89 +312,3 @@ def test_a_hash_of_parts_is_not_taken_for_that_of_the_file(place: Place, kind: s
 
     bucket._client.meta.events.register("after-call.s3.HeadObject", of_parts)
     assert bucket.digest("weights") == hashlib.sha256(b"content").hexdigest()
-
-
-def test_more_objects_than_one_answer_holds_are_listed(place: Place) -> None:
-    """A thousand are one page: the one after is there too."""
-    for number in range(1001):
-        folder = place.root / place.prefix / f"product-{number}"
-        folder.mkdir(parents=True)
-        (folder / "manifest.json").write_bytes(b"{}")
-    assert len(products_in(parse_place(place.address))) == 1001
-
-
-def test_a_worker_goes_on_while_the_store_is_away(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without it nothing is refused or withdrawn, which is said once; when it is back, what is new there is taken."""
-    monkeypatch.setattr(s3_bucket, "_ATTEMPTS", 1)
-    tiny(tmp_path / "served", 3)
-    place.seed(tmp_path / "served")
-    address = parse_place(place.address)
-    manifests = Manifests({PRODUCT: read_manifest(address, PRODUCT)})
-    others = SimpleNamespace(
-        check=lambda _: "", learn=lambda _: True, take=lambda _: None, keep=lambda *_: None, withdraw=pytest.fail
-    )
-    about = {"new_products": False, "graph_products": (), "metrics": Metrics()}
-    newcomers = Newcomers(Triton(models_repo=address), manifests, others, others, **about)
-    place.server.stop()
-    try:
-        with structlog.testing.capture_logs() as said:
-            newcomers.look()
-            newcomers.look()
-    finally:
-        place.server.start()
-    assert [each["event"] for each in said] == ["model repository not read; the versions in force go on"]
-    assert (manifests[PRODUCT].version, newcomers.fault(PRODUCT)) == (3, "")
-    changed = json.loads((tmp_path / "served" / PRODUCT / "manifest.json").read_text()) | {"model_sha256": "ab" * 32}
-    place.open().write(PRODUCT, "manifest.json", json.dumps(changed | {"version": 4}).encode())
-    newcomers.look()
-    assert manifests[PRODUCT].version == 4
-
-
-@contextmanager
-def running(triton: TritonServer, models: str, folder: Path) -> Iterator[None]:
-    """Start the embedded Triton on a bucket, until all of its models answer."""
-    triton.prepare()
-    command = [f"--model-repository={models}" if each.startswith("--model-rep") else each for each in triton.command()]
-    with (folder / "log").open("wb") as log:
-        settings = [f"{name}={value}" for name, value in triton.environment().items()]
-        process = subprocess.Popen(["env", *settings, *command], stdout=log, stderr=log, cwd=folder)
-    try:
-        until = time.monotonic() + 120
-        while triton.check() != "":
-            assert process.poll() is None, (folder / "log").read_text()[-3000:]
-            assert time.monotonic() < until, (folder / "log").read_text()[-3000:]
-            time.sleep(0.2)
-        yield
-    finally:
-        process.terminate()
-        process.wait(30)
-        triton.clean()
-
-
-@pytest.mark.stack
-def test_triton_serves_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real Triton reads the repository from the same address, by plain http here: promotion and rollback are
-    proved on its own answers, and leave the manifest that workers read."""
-    server = S3Server(tmp_path / "s3")
-    server.start()
-    place = Place(server, "line-1")
-    (tmp_path / "key").write_text("sesame")
-    ports = TritonPorts(*free_ports(3))
-    triton = TritonServer(tmp_path / "state", Path(), (ROOT / ".venv-triton").resolve(), ports, "sesame")
-    settings = Triton(address=f"127.0.0.1:{ports.grpc}", models_repo=place.address, control_key_file=tmp_path / "key")
-    now = shipped()["version"]
-    monkeypatch.delenv("AWS_CA_BUNDLE")
-    try:
-        place.seed(heavier(tmp_path / "served", now).parent)
-        with running(triton, place.address, tmp_path):
-            place.push(heavier(tmp_path / "next", now + 1))
-            repository = place.open()
-            with repository.locked(), ModelControl(settings) as control:
-                assert promote(repository, control, PRODUCT, now + 1, by="anna", reason="").version == now + 1
-                assert read_manifest(settings.models_repo, PRODUCT).version == now + 1
-                assert rollback(repository, control, PRODUCT, by="anna", reason="").version == now
-            assert read_manifest(settings.models_repo, PRODUCT).version == now
-    finally:
-        server.stop()
