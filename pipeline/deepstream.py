@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +134,14 @@ class Graphs:
             if self._folder is None:
                 self._folder = tempfile.TemporaryDirectory(prefix="logicrd-graphs-")
             folder = Path(self._folder.name) / f"{manifest.product}.v{manifest.version}"
-            port = free_port()
-            _save(folder, files_of(self._config, manifest, folder, port))
-            graph = _Graph(manifest, GraphHost(scores_start(folder / "pipeline.yaml", port)))
+            graph = _Graph(manifest, GraphHost(partial(self._start, manifest, folder)))
             self._running[manifest.product] = graph
         return graph
+
+    def _start(self, manifest: Manifest, folder: Path) -> dict[str, Any]:
+        port = free_port()
+        _save(folder, files_of(self._config, manifest, folder, port))
+        return scores_start(folder / "pipeline.yaml", port)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,16 +19,14 @@ from pipeline.errors import CheckError, ConfigError
 
 SUFFIX = ".sig"
 _TIMEOUT_S = 60.0  # a key with a passphrase asks for it on the terminal
+_NEW_KEY = "`openssl genpkey -algorithm ed25519 -out key.pem` makes a private one"
 _PUBLIC_KEY = re.compile(rb"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----\n?", re.DOTALL)
 
 
 def sign(manifest: Path, key: Path) -> Path:
     """Write the signature beside a manifest and give its path. Raises ConfigError when the key is none of Ed25519."""
-    kind = _openssl("pkey", "-in", str(key), "-noout", "-text")
-    if kind.returncode or b"ED25519" not in kind.stdout.upper():
-        raise ConfigError(
-            f"{key}: no private key of Ed25519", hint="`openssl genpkey -algorithm ed25519 -out key.pem` makes one"
-        )
+    if not _is_ed25519("-in", str(key)):
+        raise ConfigError(f"{key}: no private key of Ed25519", hint=_NEW_KEY)
     path = manifest.with_name(manifest.name + SUFFIX)
     run = _openssl("pkeyutl", "-sign", "-rawin", "-inkey", str(key), "-in", str(manifest), "-out", str(path))
     if run.returncode:
@@ -50,9 +48,10 @@ def read_signature(manifest: Path) -> bytes | None:
 def fault_of_signature(manifest: bytes, signature: bytes | None, signer: Path) -> str:
     """Say what is wrong with the signature of a manifest's bytes; '' when one of the public keys in `signer` made it.
 
-    Blocks for some milliseconds a key. Raises ConfigError when `signer` cannot be read or holds no public key in PEM.
+    Blocks for some milliseconds a key. Raises ConfigError when `signer` cannot be read or holds no public key in PEM,
+    and where none of them made it and one could not, being of another kind.
     """
-    keys = _keys(signer)
+    keys, unusable = _keys(signer), False
     if signature is None:
         return "not signed, and `triton.signer_file` asks for a signature"
     with _in_memory(manifest) as signed, _in_memory(signature) as made:
@@ -62,6 +61,9 @@ def fault_of_signature(manifest: bytes, signature: bytes | None, signer: Path) -
                 held = (public.number, signed.number, made.number)
                 if _openssl("pkeyutl", "-verify", "-rawin", "-pubin", *files, held=held).returncode == 0:
                     return ""
+                unusable |= not _is_ed25519("-pubin", "-in", public.path, held=[public.number])
+    if unusable:
+        raise ConfigError(f"triton.signer_file {signer}: holds a key that is none of Ed25519", hint=_NEW_KEY)
     return f"not signed by a key of {signer}"
 
 
@@ -76,6 +78,11 @@ def _keys(signer: Path) -> list[bytes]:
             hint="`openssl pkey -in key.pem -pubout` prints that of a private one",
         )
     return keys
+
+
+def _is_ed25519(*key: str, held: Sequence[int] = ()) -> bool:
+    kind = _openssl("pkey", "-noout", "-text", *key, held=held)
+    return kind.returncode == 0 and b"ED25519" in kind.stdout.upper()
 
 
 @dataclass(frozen=True, slots=True)

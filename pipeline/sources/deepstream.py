@@ -17,7 +17,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from fcntl import fcntl
 from pathlib import Path
@@ -127,8 +127,9 @@ def scores_start(config_file: Path, port: int) -> dict[str, Any]:
 class GraphHost:
     """The child process of one graph, shared by its cameras; it lives while one is open. Safe from every thread."""
 
-    def __init__(self, start: dict[str, Any]) -> None:
-        """Take what the graph is made of: nothing for software, `pictures_start` or `scores_start` for DeepStream."""
+    def __init__(self, start: Callable[[], dict[str, Any]] = dict) -> None:
+        """Take what says of which parts the graph is made, asked before each start of the child for a port that is free
+        then: nothing for software, `pictures_start` or `scores_start` for DeepStream. It may raise OSError."""
         self._start_order = start
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -197,6 +198,7 @@ class GraphHost:
         return self._control
 
     def _start(self) -> None:
+        order = self._start_order()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             # The old mux is DeepStream's default; GStreamer alone does not look at the variable.
@@ -211,7 +213,7 @@ class GraphHost:
         self._control = ours
         self._heard_s = time.monotonic()
         ours.settimeout(_GIVE_BACK_S)
-        self._tell({"start": self._start_order})
+        self._tell({"start": order})
 
     def _tell(self, order: dict[str, Any]) -> None:
         if self._control is not None:
@@ -342,7 +344,7 @@ def open_graph(camera: RtspCamera, kind: Literal["gstreamer", "deepstream"]) -> 
 def _host(kind: str, size: tuple[int, ...] | None) -> GraphHost:
     """Give the worker's one process for a graph: a GPU's context is too dear for one a camera."""
     del size
-    return GraphHost({} if kind == "gstreamer" else pictures_start(free_port()))
+    return GraphHost() if kind == "gstreamer" else GraphHost(lambda: pictures_start(free_port()))
 
 
 def free_port() -> int:

@@ -104,7 +104,7 @@ def test_every_frame_arrives_with_its_part_id_and_the_colours_of_the_other_decod
 
 def test_a_lost_camera_ends_alone(playlist: Path) -> None:
     """One process reads two cameras; one goes silent and is reported, the other gives every frame."""
-    host = GraphHost({})
+    host = GraphHost()
     with (
         cameras(playlist, "silent", options=("--stall-after", "3")) as silent,
         cameras(playlist, "left") as good,
@@ -152,7 +152,7 @@ def test_a_camera_of_another_codec_is_told_which() -> None:
 def test_a_password_reaches_the_camera_and_no_process_list(playlist: Path, tmp_path: Path) -> None:
     """With its password the camera gives pictures, and no command line or environment holds it."""
     (tmp_path / "secret").write_text("4711-#?\n")
-    host = GraphHost({})
+    host = GraphHost()
     with (
         cameras(playlist, "left", options=("--user", "line", "--password", "4711-#?")) as addresses,
         GraphSource(camera(addresses["left"], user="line", password_file=tmp_path / "secret"), host) as source,
@@ -184,7 +184,7 @@ def test_a_camera_that_accepts_and_says_nothing_times_out() -> None:
 
 def test_a_graph_of_which_nothing_is_heard_is_replaced() -> None:
     """Two cameras are silent: when the first is given up, the process goes, for it may have stopped as a whole."""
-    host = GraphHost({})
+    host = GraphHost()
     with socket.create_server(("127.0.0.1", 0)) as mute:
         url = f"rtsp://127.0.0.1:{mute.getsockname()[1]}"
         long = camera(f"{url}/long", connect_timeout_s=10, read_timeout_s=10)
@@ -200,8 +200,15 @@ def test_a_graph_of_which_nothing_is_heard_is_replaced() -> None:
 
 @pytest.mark.parametrize(("signal_number", "reason"), [(signal.SIGKILL, "capture_died"), (signal.SIGSTOP, "timeout")])
 def test_a_process_that_dies_or_hangs_is_replaced(playlist: Path, signal_number: int, reason: str) -> None:
-    """Its cameras are lost with a reason, and opening one anew starts another process; a hung one is killed."""
-    host = GraphHost({})
+    """Its cameras are lost with a reason, and opening one anew starts another process, which is told anew what to make;
+    a hung one is killed."""
+    told = []
+
+    def start() -> dict:
+        told.append("software")
+        return {}
+
+    host = GraphHost(start)
     with cameras(playlist, "left", options=("--loop",)) as addresses:
         settings = camera(addresses["left"], read_timeout_s=0.5)
         with GraphSource(settings, host) as source:
@@ -216,6 +223,7 @@ def test_a_process_that_dies_or_hangs_is_replaced(playlist: Path, signal_number:
         with GraphSource(settings, host) as source:
             assert source.read() is not None
             assert host.pid not in (None, first)
+    assert len(told) == 2
 
 
 def video(path: Path, *, without: int | None = None, damage: int | None = None) -> None:
@@ -255,7 +263,7 @@ def test_frames_built_upon_a_bad_one_do_not_count_until_a_key_frame(
     monkeypatch.setattr(deepstream, "software_graph", lambda: from_file)
     settings = camera("rtsp://nowhere/left").model_copy(update={"url": str(tmp_path / "x.mp4")})
     found = ""
-    with GraphSource(settings, GraphHost({})) as source:
+    with GraphSource(settings, GraphHost()) as source:
         while True:
             try:
                 if source.read() is None:

@@ -41,7 +41,7 @@ def host_of(source):
 
 
 def started_from(source):
-    return Path(host_of(source)._start_order["config"])
+    return Path(host_of(source)._start_order()["config"])
 
 
 def test_cameras_of_a_product_share_a_graph_and_others_are_opened_as_ever(graphs, settings):
@@ -50,7 +50,7 @@ def test_cameras_of_a_product_share_a_graph_and_others_are_opened_as_ever(graphs
     assert isinstance(one, ScoredSource)
     assert host_of(one) is host_of(two) is not host_of(other)
     assert isinstance(folder, FolderSource)
-    assert host_of(one)._start_order["port"] != host_of(other)._start_order["port"]
+    assert started_from(one) != started_from(other)
 
 
 def test_a_graph_is_started_from_the_files_that_render_writes(graphs, settings):
@@ -62,6 +62,7 @@ def test_a_graph_is_started_from_the_files_that_render_writes(graphs, settings):
     assert nodes["cameras"]["max-batch-size"] == 2
     assert Path(nodes["infer"]["config-file-path"]).is_file()
     assert 'url: "triton:8001"' in (at.parent / "nvinferserver.pbtxt").read_text()
+    assert started_from(graphs.open(settings.cameras[0])) == at  # when its process starts again
     graphs.close()
     assert not at.parent.exists()
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -122,9 +123,9 @@ def test_a_signed_manifest_is_read_by_any_key_of_the_file(models_repo, signed):
     assert read_manifest(models_repo, "tray", signed.signer).product == "tray"
 
 
-@pytest.mark.parametrize("what", ["unsigned", "other key", "changed", "weights", "no key", "no file"])
+@pytest.mark.parametrize("what", ["unsigned", "other key", "changed", "weights", "RSA", "no key", "no file"])
 def test_what_the_signer_did_not_sign_is_not_read(models_repo, signed, what):
-    """No signature, another's, a manifest or weights changed after it, and a file without a key: each is named."""
+    """No signature, another's, a manifest or weights changed after it, and a file with no such key: each is named."""
     signature = signed.manifest.with_name("manifest.json.sig")
     words, signer = "not signed by a key of", signed.signer
     if what == "unsigned":
@@ -137,6 +138,11 @@ def test_what_the_signer_did_not_sign_is_not_read(models_repo, signed, what):
     elif what == "weights":
         signed.weights.write_bytes(b"another graph")
         words = r"not its files: tray\.map/1/model\.onnx"
+    elif what == "RSA":
+        signer = signed.manifest.with_name("rsa.pem")
+        private = subprocess.run(["openssl", "genpkey", "-algorithm", "rsa"], check=True, capture_output=True).stdout
+        subprocess.run(["openssl", "pkey", "-pubout", "-out", str(signer)], input=private, check=True)
+        words = "a key that is none of Ed25519"
     elif what == "no key":
         signer = signed.other
         words = "no public key in PEM"
