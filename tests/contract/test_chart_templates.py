@@ -213,17 +213,19 @@ def test_every_pod_reads_the_same_models(values, overrides, source, sub_path):
 
 
 def test_a_bucket_is_read_with_credentials_from_a_file():
-    """The key is in no argument and no variable."""
+    """The key is in no argument and no variable; who vouches for the server comes from a file too."""
     copy = pods(render("full-values.yaml"))["Deployment/plant-triton"]["initContainers"][0]
     variables = {each["name"]: each["value"] for each in copy["env"]}
     assert variables["AWS_SHARED_CREDENTIALS_FILE"] == "/etc/s3/credentials"
+    assert variables["RCLONE_CA_CERT"] == "/etc/s3-authority/ca.crt"
+    assert {"/etc/s3", "/etc/s3-authority"} < {mount["mountPath"] for mount in copy["volumeMounts"]}
     assert variables["RCLONE_S3_ENDPOINT"] == "https://minio.data:9000"
     assert copy["args"][1] == ":s3:models/line-7"
 
 
 def test_a_bucket_can_be_read_without_a_copy():
-    """Triton and the line file name the same bucket; each container that reads it has the key's file, and no pod copies
-    or mounts models."""
+    """Triton and the line file name the same bucket; each container that reads it has the files of key and authority,
+    and no pod copies or mounts models."""
     manifests = render("full-values.yaml", {"triton": {"modelRepository": {"s3": {"direct": True}}}})
     address = "s3://https://minio.data:9000/models/line-7"
     assert f"--model-repository={address} " in triton_of(manifests)["args"][0]
@@ -235,7 +237,21 @@ def test_a_bucket_can_be_read_without_a_copy():
         container = spec["containers"][0]
         variables = {each["name"]: each.get("value") for each in container["env"]}
         assert variables["AWS_SHARED_CREDENTIALS_FILE"] == "/etc/s3/credentials", name
-        assert "/etc/s3" in [mount["mountPath"] for mount in container["volumeMounts"]], name
+        assert variables["AWS_CA_BUNDLE"] == "/etc/s3-authority/ca.crt", name
+        assert {"/etc/s3", "/etc/s3-authority"} < {mount["mountPath"] for mount in container["volumeMounts"]}, name
+    mounts = {mount["mountPath"]: mount for mount in triton_of(manifests)["volumeMounts"]}
+    authority = {"name": "s3-authority", "subPath": "ca.crt", "readOnly": True}
+    place = "/etc/ssl/certs/ca-certificates.crt"  # where test_triton_serves_a_bucket proves that Triton looks
+    assert mounts[place] == authority | {"mountPath": place}
+
+
+def test_a_bucket_of_a_known_authority_needs_no_file_of_it():
+    """Without `caSecret` nothing takes the place of the images' own authorities."""
+    for direct in (True, False):
+        source = {"s3": {"direct": direct, "caSecret": ""}}
+        manifests = render("full-values.yaml", {"triton": {"modelRepository": source}})
+        for absent in ("s3-authority", "AWS_CA_BUNDLE", "RCLONE_CA_CERT", "ca-certificates.crt"):
+            assert absent not in str(manifests)
 
 
 def test_triton_by_tls_and_without():

@@ -64,6 +64,9 @@ s3://{{ trimSuffix "/" $s3.endpoint }}/{{ trimSuffix "/" (printf "%s/%s" $s3.buc
 {{- if $s3.credentialsSecret }}
 - {name: AWS_SHARED_CREDENTIALS_FILE, value: /etc/s3/credentials}
 {{- end }}
+{{- if $s3.caSecret }}
+- {name: AWS_CA_BUNDLE, value: /etc/s3-authority/ca.crt}
+{{- end }}
 {{- end }}
 {{- end -}}
 
@@ -86,6 +89,13 @@ s3://{{ trimSuffix "/" $s3.endpoint }}/{{ trimSuffix "/" (printf "%s/%s" $s3.buc
 - name: s3-credentials
   secret: {secretName: {{ $source.s3.credentialsSecret }}, defaultMode: 0440}
 {{- end }}
+{{- if and $source.s3.bucket $source.s3.caSecret }}
+- name: s3-authority
+  secret:
+    secretName: {{ $source.s3.caSecret }}
+    items:
+      - {key: ca.crt, path: ca.crt}
+{{- end }}
 {{- end -}}
 
 {{- define "logicrd.modelsMount" -}}
@@ -93,6 +103,9 @@ s3://{{ trimSuffix "/" $s3.endpoint }}/{{ trimSuffix "/" (printf "%s/%s" $s3.buc
 {{- if and $source.s3.bucket $source.s3.direct }}
 {{- if $source.s3.credentialsSecret }}
 - {name: s3-credentials, mountPath: /etc/s3, readOnly: true}
+{{- end }}
+{{- if $source.s3.caSecret }}
+- {name: s3-authority, mountPath: /etc/s3-authority, readOnly: true}
 {{- end }}
 {{- else }}
 - name: models
@@ -121,6 +134,9 @@ s3://{{ trimSuffix "/" $s3.endpoint }}/{{ trimSuffix "/" (printf "%s/%s" $s3.buc
     {{- if $s3.credentialsSecret }}
     - {name: AWS_SHARED_CREDENTIALS_FILE, value: /etc/s3/credentials}
     {{- end }}
+    {{- if $s3.caSecret }}
+    - {name: RCLONE_CA_CERT, value: /etc/s3-authority/ca.crt}
+    {{- end }}
   resources:
     requests: {cpu: 100m, memory: 128Mi}
     limits: {cpu: "1", memory: 512Mi}
@@ -131,6 +147,9 @@ s3://{{ trimSuffix "/" $s3.endpoint }}/{{ trimSuffix "/" (printf "%s/%s" $s3.buc
     - {name: tmp, mountPath: /tmp}
     {{- if $s3.credentialsSecret }}
     - {name: s3-credentials, mountPath: /etc/s3, readOnly: true}
+    {{- end }}
+    {{- if $s3.caSecret }}
+    - {name: s3-authority, mountPath: /etc/s3-authority, readOnly: true}
     {{- end }}
 {{- end }}
 {{- end -}}

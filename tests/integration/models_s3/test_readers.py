@@ -90,13 +90,16 @@ def test_a_worker_goes_on_while_the_store_is_away(
 
 
 @contextmanager
-def running(triton: TritonServer, models: str, folder: Path) -> Iterator[None]:
-    """Start the embedded Triton on a bucket, until all of its models answer."""
+def running(triton: TritonServer, models: str, folder: Path, authority: Path | None) -> Iterator[None]:
+    """Start the embedded Triton on a bucket, until all of its models answer; `authority` vouches for a server with TLS,
+    from where the chart mounts it."""
     triton.prepare()
+    shell = 'mount --bind "$0" /etc/ssl/certs/ca-certificates.crt && exec env "$@"'
+    mounting = ["env"] if authority is None else ["unshare", "--mount", "sh", "-ec", shell, str(authority)]
     command = [f"--model-repository={models}" if each.startswith("--model-rep") else each for each in triton.command()]
     with (folder / "log").open("wb") as log:
         settings = [f"{name}={value}" for name, value in triton.environment().items()]
-        process = subprocess.Popen(["env", *settings, *command], stdout=log, stderr=log, cwd=folder)
+        process = subprocess.Popen([*mounting, *settings, *command], stdout=log, stderr=log, cwd=folder)
     try:
         until = time.monotonic() + 120
         while triton.check() != "":
@@ -111,21 +114,23 @@ def running(triton: TritonServer, models: str, folder: Path) -> Iterator[None]:
 
 
 @pytest.mark.stack
-def test_triton_serves_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real Triton reads the repository from the same address, by plain http here: promotion and rollback are
-    proved on its own answers, and leave the manifest that workers read."""
-    server = S3Server(tmp_path / "s3")
-    server.start()
+def test_triton_serves_a_bucket(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real Triton reads the repository from the same address: promotion and rollback are proved on its own answers,
+    and leave the manifest that workers read. By TLS, or by plain http where this user may mount no authority."""
+    secure = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode == 0
+    if not secure:
+        server = S3Server(tmp_path / "s3")
+        server.start()
+        monkeypatch.delenv("AWS_CA_BUNDLE")
     place = Place(server, "line-1")
     (tmp_path / "key").write_text("sesame")
     ports = TritonPorts(*free_ports(3))
     triton = TritonServer(tmp_path / "state", Path(), (ROOT / ".venv-triton").resolve(), ports, "sesame")
     settings = Triton(address=f"127.0.0.1:{ports.grpc}", models_repo=place.address, control_key_file=tmp_path / "key")
     now = shipped()["version"]
-    monkeypatch.delenv("AWS_CA_BUNDLE")
     try:
         place.seed(heavier(tmp_path / "served", now).parent)
-        with running(triton, place.address, tmp_path):
+        with running(triton, place.address, tmp_path, server.folder / "ca.pem" if secure else None):
             place.push(heavier(tmp_path / "next", now + 1))
             repository = place.open()
             with repository.locked(), ModelControl(settings) as control:
@@ -134,4 +139,5 @@ def test_triton_serves_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
                 assert rollback(repository, control, PRODUCT, by="anna", reason="").version == now
             assert read_manifest(settings.models_repo, PRODUCT).version == now
     finally:
-        server.stop()
+        if not secure:
+            server.stop()
