@@ -319,12 +319,14 @@ class Line:
     # Dispatcher thread
 
     def _dispatch(self) -> None:
-        """Form a batch whenever a replica has room for one: the busier they are, the larger it becomes."""
+        """Form a batch whenever a replica has room for one: the busier they are, the larger it becomes, up to what one
+        finishes in time."""
         while not self._stop_dispatch.is_set():
             self.health.beat("dispatcher")
-            if not self._inference.wait_for_room(0.5):
+            room = self._inference.wait_for_room(0.5)
+            if not room:
                 continue
-            batch = self._batcher.take(timeout_s=0.25)
+            batch = self._batcher.take(timeout_s=0.25, most=room)
             live = self._in_time(batch.frames) if batch is not None else ()
             if batch is None or not live:
                 continue

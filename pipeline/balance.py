@@ -15,6 +15,8 @@ from enum import Enum, StrEnum
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 2.0
 """A line whose replicas are all down judges nothing until the next probe, so even the longest pause is short."""
+MANY = 1 << 20
+"""Room for any batch."""
 SUSPICION_PERIOD_S = 5.0
 """Least time between two probes of a replica in use: a picture that no replica can judge must not flood them."""
 
@@ -51,16 +53,28 @@ class Fault(Enum):
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """One server, by its address `ip:port`. `fault` says why it is not in use."""
+    """One server, by its address `ip:port`. `fault` says why it is not in use.
+
+    `window` is how many frames it may have under way: halved by a batch that came too late, one more with each that was
+    answered, as TCP does it (RFC 5681). More than a server finishes in time would all be late, for good: those that are
+    given up cost it as much as the others.
+    """
 
     address: str
     standing: Standing = Standing.NEW
     fault: str = "has not answered yet"
     in_flight: int = 0
+    frames: int = 0
+    window: int = MANY
     turn: int = 0
     failures: int = 0
     probed_s: float = -math.inf
     probe_due_s: float = -math.inf
+
+    @property
+    def room(self) -> int:
+        """How many more frames it may have under way."""
+        return max(0, self.window - self.frames)
 
 
 class Balance:
@@ -90,27 +104,45 @@ class Balance:
         self._replicas |= {replica.address: replica for replica in joined}
         return joined, left
 
-    def take(self, avoid: Replica | None = None) -> Replica | None:
-        """Give the replica for the next batch and count the batch; None when none is in use.
+    def room(self, most: int) -> int:
+        """Say how many frames the next batch may have, where a replica holds at most so many batches; 0 when all are
+        full, and any number when none is in use."""
+        if not (up := self.up):
+            return MANY
+        return max((each.room for each in up if each.in_flight < most), default=0)
 
-        The one with the fewest batches under way, in turn where they are equal; one under suspicion, and `avoid`, only
-        when there is no other.
+    def take(self, avoid: Replica | None = None, *, frames: int = 1) -> Replica | None:
+        """Give the replica for the next batch, of so many frames, and count it; None when none is in use.
+
+        The one with the fewest batches under way, in turn where they are equal; one under suspicion, `avoid`, and one
+        whose window is full, only when there is no other.
         """
         if not (up := self.up):
             return None
-        chosen = min(up, key=lambda each: (each is avoid, each.probe_due_s < math.inf, each.in_flight, each.turn))
+        never = math.inf
+        chosen = min(
+            up, key=lambda each: (each is avoid, each.probe_due_s < never, not each.room, each.in_flight, each.turn)
+        )
         self._turn += 1
         chosen.turn = self._turn
         chosen.in_flight += 1
+        chosen.frames += frames
         return chosen
 
-    def give_back(self, replica: Replica, fault: Fault | None, words: str, now_s: float, *, first_try: bool) -> bool:
+    def give_back(
+        self, replica: Replica, fault: Fault | None, words: str, now_s: float, *, first_try: bool, frames: int = 1
+    ) -> bool:
         """Note how a batch ended; gives whether to send it once more.
 
         A replica that is gone is set aside, unless the batch has no other one to go to: then it goes there again, on a
         new connection. An answer that is none is asked for again from another replica only: the same would repeat it.
         """
+        if fault is None:
+            replica.window = min(MANY, replica.window + 1)
+        elif fault is Fault.LATE:
+            replica.window = max(1, replica.frames // 2)
         replica.in_flight -= 1
+        replica.frames -= frames
         others = self._others_up(replica)
         again = first_try and (fault in (Fault.GONE, Fault.BUSY) or (fault is Fault.SICK and others))
         if replica.standing is Standing.UP:

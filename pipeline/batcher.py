@@ -94,18 +94,20 @@ class Batcher:
             self._changed.notify_all()
         return evicted
 
-    def take(self, timeout_s: float) -> Batch | None:
-        """Wait for a batch: `max_size` frames of a product, or fewer once the oldest is `max_age_s` old.
+    def take(self, timeout_s: float, most: int | None = None) -> Batch | None:
+        """Wait for a batch: `max_size` frames of a product, or `most` if that is less, or fewer once the oldest is
+        `max_age_s` old.
 
         The product whose oldest frame waits longest comes first; its cameras take turns. None after `timeout_s`.
         """
         until = time.monotonic() + timeout_s
+        size = self._max_size if most is None else min(most, self._max_size)
         with self._changed:
             while True:
                 now = time.monotonic()
-                product, wait_s = self._due(now)
+                product, wait_s = self._due(now, size)
                 if product is not None:
-                    return self._gather(product)
+                    return self._gather(product, size)
                 if now >= until:
                     return None
                 self._changed.wait(min(wait_s, until - now))
@@ -149,7 +151,7 @@ class Batcher:
         self._metrics.dropped(queue.camera_id, cause)
         return replace(frame, image=None, cause=cause)
 
-    def _due(self, now: float) -> tuple[str | None, float]:
+    def _due(self, now: float, size: int) -> tuple[str | None, float]:
         """Pick the product to send now, or say how long until the next one is old enough."""
         due, due_since, wait_s = None, float("inf"), float("inf")
         for product, queues in self._products.items():
@@ -157,7 +159,7 @@ class Batcher:
             if not heads:
                 continue
             oldest = min(heads)
-            full = sum(len(queue.frames) for queue in queues) >= self._max_size
+            full = sum(len(queue.frames) for queue in queues) >= size
             if full or self._closed or now - oldest >= self._max_age_s:
                 if oldest < due_since:
                     due, due_since = product, oldest
@@ -165,13 +167,13 @@ class Batcher:
                 wait_s = min(wait_s, oldest + self._max_age_s - now)
         return due, wait_s
 
-    def _gather(self, product: str) -> Batch:
-        """Take up to `max_size` frames, one a camera in turn; the next batch starts with the camera after the last."""
+    def _gather(self, product: str, size: int) -> Batch:
+        """Take up to `size` frames, one a camera in turn; the next batch starts with the camera after the last."""
         queues = self._products[product]
         frames: list[Frame] = []
         left: list[_Queue] = []
         idle = 0
-        while len(frames) < self._max_size and idle < len(queues):
+        while len(frames) < size and idle < len(queues):
             queue = queues[0]
             queues.rotate(-1)
             if queue.frames:

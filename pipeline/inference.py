@@ -137,8 +137,9 @@ class InferenceClient:
         """Close every connection; answers under way come back as `triton_unavailable`."""
         self._pool.close()
 
-    def wait_for_room(self, timeout_s: float) -> bool:
-        """Wait until a replica has room for a batch; True at once when none is in use, which `submit` then says."""
+    def wait_for_room(self, timeout_s: float) -> int:
+        """Wait until a replica has room, and give for how many frames; any number at once when none is in use, which
+        `submit` then says; 0 after `timeout_s`."""
         return self._pool.wait_for_room(timeout_s)
 
     def submit(self, batch: Batch, done: Done) -> None:
@@ -175,7 +176,7 @@ class InferenceClient:
         frames = request.batch.frames
         if max(frame.deadline_s for frame in frames) - time.monotonic() < _SHORTEST_CALL_S:
             request.done([Inference(frame, cause=Cause.DEADLINE) for frame in frames])
-        elif (taken := self._pool.take(avoid=request.failed)) is None:
+        elif (taken := self._pool.take(len(frames), request.failed)) is None:
             request.done([Inference(frame, cause=Cause.TRITON_UNAVAILABLE) for frame in frames])
         else:
             self._ask(request, *taken)
@@ -217,14 +218,15 @@ class InferenceClient:
             )
         except (InferenceServerException, ValueError) as error:  # ValueError: the channel is closed
             log.debug("inference not sent", product=batch.product, replica=replica.address, error=str(error))
-            self._pool.give_back(replica, Fault.GONE, str(error), first_try=False)
+            self._pool.give_back(replica, len(batch.frames), Fault.GONE, str(error), first_try=False)
             request.done([Inference(frame, cause=Cause.TRITON_UNAVAILABLE, sent_s=sent_s) for frame in batch.frames])
 
     def _finish(
         self, request: _Request, replica: Replica, inferences: list[Inference], fault: Fault | None, words: str
     ) -> None:
         """Hand the answers over, or send the batch once more."""
-        again = self._pool.give_back(replica, fault, words, first_try=request.failed is None)
+        frames = len(request.batch.frames)
+        again = self._pool.give_back(replica, frames, fault, words, first_try=request.failed is None)
         if fault is not None:
             tell = log.error if inferences[0].cause is Cause.MODEL_MISMATCH else log.debug
             tell("inference failed", product=request.batch.product, replica=replica.address, error=words)
@@ -235,7 +237,9 @@ class InferenceClient:
 
     def _give_up(self, request: _Request, replica: Replica, inferences: list[Inference]) -> None:
         """Let the version in force judge what a canary could not; a shadow is not missed."""
-        self._pool.give_back(replica, None, "", first_try=False)  # it is not the replica's fault
+        self._pool.give_back(
+            replica, len(request.batch.frames), None, "", first_try=False
+        )  # it is not the replica's fault
         if request.version.mode == "canary":
             self._send(replace(request, version=self._versions[request.batch.product], failed=None))
         else:

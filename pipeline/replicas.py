@@ -123,28 +123,32 @@ class ReplicaPool:
             if thread.is_alive():
                 thread.join(_JOIN_S)
 
-    def wait_for_room(self, timeout_s: float) -> bool:
-        """Wait until a replica holds fewer than `max_in_flight` batches; True at once when none is in use."""
+    def wait_for_room(self, timeout_s: float) -> int:
+        """Wait until a replica holds fewer than `max_in_flight` batches and may have more frames under way; gives how
+        many the next batch may have, any number at once when none is in use, 0 after `timeout_s`."""
         with self._changed:
-            return self._changed.wait_for(self._has_room, timeout_s)
+            return self._changed.wait_for(lambda: self._balance.room(self._settings.max_in_flight), timeout_s)
 
     def is_idle(self) -> bool:
         """Whether a replica in use has nothing to do at this moment."""
         with self._changed:
             return any(replica.in_flight == 0 for replica in self._balance.up)
 
-    def take(self, avoid: Replica | None = None) -> tuple[Replica, InferenceServerClient] | None:
-        """Give the replica for the next request, another than `avoid` where there is one; None when all are down."""
+    def take(self, frames: int, avoid: Replica | None = None) -> tuple[Replica, InferenceServerClient] | None:
+        """Give the replica for the next request, of so many frames; another than `avoid` where there is one, None when
+        all are down."""
         with self._changed:
-            replica = None if self._stop.is_set() else self._balance.take(avoid)
+            replica = None if self._stop.is_set() else self._balance.take(avoid, frames=frames)
             return None if replica is None else (replica, self._clients[replica])
 
-    def give_back(self, replica: Replica, fault: Fault | None, words: str, *, first_try: bool) -> bool:
-        """Say how a request to a replica ended; gives whether to send it once more, which a second one never is."""
+    def give_back(self, replica: Replica, frames: int, fault: Fault | None, words: str, *, first_try: bool) -> bool:
+        """Say how a request of so many frames to a replica ended; gives whether to send it again, which a second one
+        never is."""
         self._metrics.triton_request(replica.address, failed=fault is not None)
         with self._changed:
             before = replica.standing
-            again = self._balance.give_back(replica, fault, words, time.monotonic(), first_try=first_try)
+            now_s = time.monotonic()
+            again = self._balance.give_back(replica, fault, words, now_s, first_try=first_try, frames=frames)
             self._note(replica, before)
             self._changed.notify_all()
         return again
@@ -251,10 +255,6 @@ class ReplicaPool:
         count = len(self._balance.up)
         self._metrics.triton_replicas_up.set(count)
         self._health.ready("triton", state=count > 0)
-
-    def _has_room(self) -> bool:
-        up = self._balance.up
-        return not up or any(replica.in_flight < self._settings.max_in_flight for replica in up)
 
     def _settled(self) -> bool:
         """Whether waiting longer at the start is of no use."""

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -169,6 +170,65 @@ def test_a_hung_triton_fills_bounded_queues_and_ends_in_counted_verdicts(stack, 
     assert verdicts.causes["queue_full"] > 0
     assert max(event["data"]["timing"]["decidedMs"] for event in verdicts.events) < 1500
     assert grown < 40
+
+
+@contextmanager
+def slowed(pid: int, share: float) -> Iterator[None]:
+    """Let a process and its children run for a share of the time only, as a machine that is too slow."""
+    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout.split()
+    done = threading.Event()
+
+    def hold() -> None:
+        while not done.wait(0.1 * share):
+            for each in (pid, *map(int, children)):
+                os.kill(each, signal.SIGSTOP)
+            time.sleep(0.1 * (1 - share))
+            for each in (pid, *map(int, children)):
+                os.kill(each, signal.SIGCONT)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_triton_that_is_too_slow_judges_what_it_can(stack, line_file, products, tmp_path):
+    """More frames come than it can judge in time: some are judged all the same, each late one has its verdict in time,
+    and afterwards all are judged again."""
+    made = line_file(stack, budget_ms=1000)
+    pictures = str(write_pictures(tmp_path / "p", 10))
+    for _ in range(2):
+        made.camera(
+            type="folder",
+            path=pictures,
+            product=products[0],
+            rate=12,
+            loop=True,
+            overflow="drop_oldest",
+            queue_frames=4,
+        )
+
+    def verdicts() -> list[dict]:
+        return received(stack.endpoints["kafka"], made.name).events
+
+    def is_judged(event: dict) -> bool:
+        return event["data"]["verdict"] != "UNINSPECTED"
+
+    with LineProcess(made.write()) as line:
+        wait_until(lambda: any(map(is_judged, verdicts())), 30, "a part that is judged")
+        with slowed(stack.pid("triton"), 0.15):
+            time.sleep(4)  # until the calls of before are over
+            before = len(verdicts())
+            time.sleep(10)
+            during = verdicts()[before:]
+        wait_until(lambda: is_judged(verdicts()[-1]), 60, "a part that is judged again")
+        line.stop()
+    assert len(during) > 80
+    assert sum(map(is_judged, during)) >= 5
+    assert max(event["data"]["timing"]["decidedMs"] for event in during) < 1500
 
 
 def test_a_killed_python_backend_is_restarted_and_costs_named_verdicts(stack, line_file, products, tmp_path):

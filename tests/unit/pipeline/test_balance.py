@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.balance import (
     LONGEST_PAUSE_S,
+    MANY,
     SUSPICION_PERIOD_S,
     Balance,
     Fault,
@@ -49,6 +50,37 @@ def test_a_slow_replica_gets_what_it_can_answer():
     assert balance.take() is slow
     assert served(balance, 5) == {"fast": 5}
     assert [balance.take(), balance.take()] == [fast, slow]
+
+
+def test_a_replica_that_is_late_gets_fewer_frames():
+    """Half of those under way when a batch was late, one more with each that is answered; never none, and what was sent
+    before counts."""
+    balance, replica = balance_of("a")
+    assert balance.room(3) == MANY
+    for _ in range(3):
+        balance.take(frames=8)
+    assert balance.room(3) == 0
+    balance.give_back(replica, Fault.LATE, "Deadline Exceeded", 1.0, first_try=True, frames=8)
+    assert (replica.window, replica.frames, balance.room(3)) == (12, 16, 0)
+    for window in (8, 4):
+        balance.give_back(replica, Fault.LATE, "Deadline Exceeded", 1.0, first_try=True, frames=8)
+        assert replica.window == window
+    assert balance.room(3) == 4
+    balance.take(frames=4)
+    balance.give_back(replica, None, "", 2.0, first_try=True, frames=4)
+    assert balance.room(3) == 5
+    for _ in range(9):
+        size = balance.room(3)
+        balance.take(frames=size)
+        balance.give_back(replica, Fault.LATE, "Deadline Exceeded", 3.0, first_try=True, frames=size)
+    assert balance.room(3) == 1
+
+
+def test_a_full_window_sends_the_next_batch_elsewhere():
+    """A replica that may have no more frames comes after one that may, however many batches that has."""
+    balance, slow, fast = balance_of("slow", "fast")
+    slow.window = 1
+    assert [balance.take(frames=1) for _ in range(3)] == [slow, fast, fast]
 
 
 def test_nothing_goes_to_a_replica_before_it_is_proved():

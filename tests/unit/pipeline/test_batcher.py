@@ -58,6 +58,15 @@ def test_a_full_batch_goes_at_once(make_batcher, make_frame):
     assert numbers(batch) == [("a/1", 1), ("a/2", 1), ("a/1", 2)]
 
 
+def test_a_batch_has_no_more_frames_than_there_is_room_for(make_batcher, make_frame):
+    """As many as the server has room for are a batch at once; more room than `max_size` makes none larger."""
+    batcher = make_batcher("a/1", "a/2", max_size=3)
+    for number in range(1, 4):
+        for camera in ("a/1", "a/2"):
+            batcher.put(frame_of(make_frame, camera, number))
+    assert [len(batcher.take(0.0, most=most).frames) for most in (1, 2, 100)] == [1, 2, 3]
+
+
 def test_an_old_frame_goes_with_those_that_are_there(make_batcher, make_frame):
     """A frame of `max_age_s` waits no longer for company."""
     batcher = make_batcher("a/1", "a/2", max_size=8, max_age_s=0.05)

@@ -55,7 +55,7 @@ def test_the_budget_goes_with_the_request(client, make_frame, monkeypatch):
     """What is left of the youngest frame's budget is the call's deadline."""
     calls = []
     server = SimpleNamespace(async_infer=lambda *_, **keywords: calls.append(keywords))
-    monkeypatch.setattr(client._pool, "take", lambda **_: (SimpleNamespace(address="a"), server))
+    monkeypatch.setattr(client._pool, "take", lambda *_: (SimpleNamespace(address="a"), server))
     now_s = time.monotonic()
     frames = batch_of(make_frame, 2, captured_s=now_s, image=np.zeros((8, 8, 3), np.uint8)).frames
     batch = Batch("tray", (frames[0], replace(frames[1], deadline_s=now_s + 30)))

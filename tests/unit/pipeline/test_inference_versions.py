@@ -66,11 +66,11 @@ def test_a_promotion_costs_no_part(client, make_frame, make_manifest, monkeypatc
     new one is answered once it is taken, and nothing in between is without scores."""
     server = Replica(**{"tray": "2", "tray.v1": "1"})
     replica = SimpleNamespace(address="10.0.0.1:1")
-    monkeypatch.setattr(client._pool, "take", lambda **_: (replica, server))
+    monkeypatch.setattr(client._pool, "take", lambda *_: (replica, server))
     faults = []
 
-    def give_back(_, fault, words, *, first_try):
-        del words, first_try
+    def give_back(_, frames, fault, words, *, first_try):
+        del frames, words, first_try
         faults.append(fault)
         return False
 
@@ -96,7 +96,7 @@ class Trial:
         self.server = Replica(**{"tray": "1", "tray.v2": "2"})
         self.asked = []
         replica = SimpleNamespace(address="10.0.0.1:1")
-        monkeypatch.setattr(client._pool, "take", lambda **_: (replica, self))
+        monkeypatch.setattr(client._pool, "take", lambda *_: (replica, self))
         monkeypatch.setattr(client._pool, "give_back", lambda *_, **__: False)
         words = {"mode": "canary", "percent": 50, "version": 2, "at": "now", "by": "anna"} | changes
         self.rollout = Rollout(model_sha256=manifest.model_sha256, **words)
@@ -187,9 +187,9 @@ def test_a_shadow_is_asked_by_an_idle_replica_alone(trial, monkeypatch, make_fra
 def test_a_version_that_is_served_nowhere_is_a_mismatch(client, make_frame, monkeypatch):
     """Neither under the product's name nor under its own: the part is UNINSPECTED, and the replica under suspicion."""
     server = Replica(tray="2")
-    monkeypatch.setattr(client._pool, "take", lambda **_: (SimpleNamespace(address="10.0.0.1:1"), server))
+    monkeypatch.setattr(client._pool, "take", lambda *_: (SimpleNamespace(address="10.0.0.1:1"), server))
     faults = []
-    monkeypatch.setattr(client._pool, "give_back", lambda _, fault, *__, **___: faults.append(fault))
+    monkeypatch.setattr(client._pool, "give_back", lambda _, __, fault, *___, **____: faults.append(fault))
     done = []
     client.submit(batch_of(make_frame, 1), done.extend)
     client.submit(batch_of(make_frame, 1), done.extend)
@@ -229,13 +229,15 @@ def test_each_replica_has_its_own_name_for_a_version(client, make_frame, monkeyp
     turns = iter(["promoted", "plain", "stranger", "plain", "promoted"])
     taken = []
 
-    def take(avoid=None):
+    def take(_, avoid=None):
         name = next(turns)
         taken.append((name, None if avoid is None else avoid.address))
         return SimpleNamespace(address=name), replicas[name]
 
     monkeypatch.setattr(client._pool, "take", take)
-    monkeypatch.setattr(client._pool, "give_back", lambda _, fault, *__, first_try: fault is Fault.SICK and first_try)
+    monkeypatch.setattr(
+        client._pool, "give_back", lambda _, __, fault, *___, first_try: fault is Fault.SICK and first_try
+    )
     done = []
     for _ in range(4):
         client.submit(batch_of(make_frame, 1), done.extend)

@@ -65,8 +65,8 @@ def taken(pool, count):
     """Give the addresses of the next batches, each answered well."""
     addresses = set()
     for _ in range(count):
-        replica, _ = pool.take()
-        pool.give_back(replica, None, "", first_try=True)
+        replica, _ = pool.take(1)
+        pool.give_back(replica, 1, None, "", first_try=True)
         addresses.add(replica.address)
     return addresses
 
@@ -104,16 +104,28 @@ def test_each_replica_in_use_adds_its_room(make_pool):
     pool = make_pool(service, max_in_flight=2)
     assert pool.wait_for_room(0.0)
     pool.start()
-    one, _ = pool.take()
+    one, _ = pool.take(1)
     assert pool.wait_for_room(0.0)
-    pool.take()
+    pool.take(1)
     assert not pool.wait_for_room(0.0)
     service.findings["10.0.0.2:1"] = Finding.GOOD
     assert pool.wait_for_room(20.0)
-    assert [pool.take()[0].address for _ in range(2)] == ["10.0.0.2:1"] * 2
+    assert [pool.take(1)[0].address for _ in range(2)] == ["10.0.0.2:1"] * 2
     assert not pool.wait_for_room(0.0)
-    threading.Timer(0.1, pool.give_back, (one, None, ""), {"first_try": True}).start()
+    threading.Timer(0.1, pool.give_back, (one, 1, None, ""), {"first_try": True}).start()
     assert pool.wait_for_room(20.0)
+
+
+def test_a_replica_that_was_late_has_room_for_fewer_frames(make_pool):
+    """Half of what it had under way when it did not answer in time; nobody waits longer than there is room."""
+    pool = make_pool(Service(**{"10.0.0.1:1": Finding.GOOD}))
+    pool.start()
+    replicas = [pool.take(8)[0] for _ in range(2)]
+    assert pool.wait_for_room(0.0) > 8
+    pool.give_back(replicas[0], 8, Fault.LATE, "Deadline Exceeded", first_try=True)
+    assert pool.wait_for_room(0.0) == 0
+    pool.give_back(replicas[1], 8, None, "", first_try=True)
+    assert pool.wait_for_room(0.0) == 9
 
 
 def test_a_new_address_is_used_and_a_lost_one_is_left(make_pool):
@@ -121,7 +133,7 @@ def test_a_new_address_is_used_and_a_lost_one_is_left(make_pool):
     service = Service(**{"10.0.0.1:1": Finding.GOOD})
     pool = make_pool(service)
     pool.start()
-    pool.give_back(pool.take()[0], None, "", first_try=True)
+    pool.give_back(pool.take(1)[0], 1, None, "", first_try=True)
     service.findings = {"10.0.0.2:1": Finding.GOOD}
     wait_until(lambda: in_use(pool) == ["10.0.0.2:1"], 20, "the new replica alone")
     assert taken(pool, 4) == {"10.0.0.2:1"}
@@ -133,13 +145,13 @@ def test_a_replica_that_has_left_answers_what_it_was_given(make_pool):
     service = Service(**{"10.0.0.1:1": Finding.GOOD})
     pool = make_pool(service)
     pool.start()
-    replica, client = pool.take()
+    replica, client = pool.take(1)
     closed = threading.Event()
     close, client.close = client.close, lambda: (closed.set(), close())
     service.findings = {"10.0.0.2:1": Finding.GOOD}
     wait_until(lambda: in_use(pool) == ["10.0.0.2:1"], 20, "the new replica alone")
     assert not closed.wait(0.5)
-    pool.give_back(replica, None, "", first_try=True)
+    pool.give_back(replica, 1, None, "", first_try=True)
     assert closed.wait(20)
 
 
@@ -189,9 +201,9 @@ def test_readiness_follows_the_last_replica(make_pool):
     pool.start()
     assert service.health.missing() == []
     service.findings["10.0.0.1:1"] = Finding.FAILED
-    replica, _ = pool.take()
-    assert not pool.give_back(replica, Fault.GONE, "Socket closed", first_try=False)
-    assert pool.take() is None
+    replica, _ = pool.take(1)
+    assert not pool.give_back(replica, 1, Fault.GONE, "Socket closed", first_try=False)
+    assert pool.take(1) is None
     assert (service.health.missing(), service.up()) == (["triton"], 0)
     service.findings["10.0.0.1:1"] = Finding.GOOD
     wait_until(lambda: service.health.missing() == [], 20, "a replica in use")
@@ -204,7 +216,7 @@ def test_requests_and_failures_are_counted_per_replica(make_pool):
     pool = make_pool(service)
     pool.start()
     for fault in (None, None, Fault.BUSY):
-        pool.give_back(pool.take()[0], fault, "full", first_try=True)
+        pool.give_back(pool.take(1)[0], 1, fault, "full", first_try=True)
     shown = generate_latest(service.metrics.registry).decode()
     assert 'inspection_triton_requests_total{replica="10.0.0.1:1"} 3.0' in shown
     assert 'inspection_triton_failures_total{replica="10.0.0.1:1"} 1.0' in shown
@@ -215,7 +227,7 @@ def test_a_closed_pool_hands_out_nothing(make_pool):
     pool = make_pool(Service(**{"10.0.0.1:1": Finding.GOOD}))
     pool.start()
     pool.close()
-    assert pool.take() is None
+    assert pool.take(1) is None
     assert not any(thread.is_alive() for thread in pool._threads)
 
 
