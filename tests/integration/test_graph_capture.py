@@ -112,7 +112,7 @@ def test_a_lost_camera_ends_alone(playlist: Path) -> None:
         ThreadPoolExecutor(1) as reader,
     ):
         pictures = reader.submit(read_all, left)
-        with GraphSource(camera(silent["silent"], read_timeout_s=1.0), host) as lost:
+        with GraphSource(camera(silent["silent"], read_timeout_s=5.0), host) as lost:
             assert [lost.read().part_id for _ in range(3)] == ["é-0", "é-1", "é-2"]
             with pytest.raises(SourceError, match="timeout") as caught:
                 lost.read()

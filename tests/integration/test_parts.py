@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -47,11 +48,15 @@ def audited(kafka: str, line: str) -> list[tuple[str, str, str, bool]]:
 
 def dead_letters(kafka: str, key: str) -> list[dict[str, bytes]]:
     """Value and headers of what lies on the dead-letter topic under a key."""
-    consumer = KafkaConsumer(bootstrap_servers=[kafka], enable_auto_commit=False, consumer_timeout_ms=2000)
+    consumer = KafkaConsumer(bootstrap_servers=[kafka], enable_auto_commit=False)
     topic = "inspection.dlq.v1"
-    consumer.assign([TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic)])
+    partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic)]
+    consumer.assign(partitions)
     consumer.seek_to_beginning()
-    found = [{"value": record.value, **dict(record.headers)} for record in consumer if record.key == key.encode()]
+    ends, found = consumer.end_offsets(partitions), []
+    while any(consumer.position(partition) < end for partition, end in ends.items()):
+        records = chain.from_iterable(consumer.poll(timeout_ms=250).values())
+        found += [{"value": each.value, **dict(each.headers)} for each in records if each.key == key.encode()]
     consumer.close()
     return found
 

@@ -224,7 +224,7 @@ def refused_settings(secure, way) -> Kafka:
     listener, security = way(secure)
     port = secure.addresses["SASL_SSL"].rpartition(":")[2]
     bootstrap = [f"localhost:{port}" if listener == "localhost" else secure.addresses[listener]]
-    return Kafka(bootstrap=bootstrap, startup_timeout_s=1.0, **security)
+    return Kafka(bootstrap=bootstrap, startup_timeout_s=5.0, **security)
 
 
 @pytest.mark.parametrize(("way", "text", "remedy"), REFUSALS.values(), ids=REFUSALS)
@@ -287,7 +287,7 @@ def line_file(secure, folder, **kafka) -> Path:
     document = {
         "line": "l1",
         "cameras": [{"id": "c1", "type": "folder", "product": "tray", "path": "pictures"}],
-        "kafka": {"bootstrap": [secure.addresses["SASL_SSL"]], "startup_timeout_s": 2.0, **kafka},
+        "kafka": {"bootstrap": [secure.addresses["SASL_SSL"]], "startup_timeout_s": 10.0, **kafka},
     }
     path = folder / "line.yaml"
     path.write_text(yaml.safe_dump(document))

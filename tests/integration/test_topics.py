@@ -25,7 +25,7 @@ def create(line_file: Path) -> subprocess.CompletedProcess[str]:
 
 def settings(folder: Path, bootstrap: str, prefix: str) -> Path:
     path = folder / "line.yaml"
-    kafka = {"bootstrap": [bootstrap], "topic_prefix": prefix, "startup_timeout_s": 3}
+    kafka = {"bootstrap": [bootstrap], "topic_prefix": prefix, "startup_timeout_s": 10}
     path.write_text(yaml.safe_dump({"line": "line-1", "pool": {}, "kafka": kafka}))
     return path
 

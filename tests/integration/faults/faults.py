@@ -33,8 +33,8 @@ def killed(name: Name, down_s: Seconds = A_MOMENT) -> Fault:
     """SIGKILL; started again after a time."""
 
     def fault(run: Run) -> None:
+        run.servers[name].kill()
         with _away(run, name):
-            run.servers[name].kill()
             run.pause(*down_s)
         run.servers[name].start()
 

@@ -41,6 +41,7 @@ def keys(monkeypatch: pytest.MonkeyPatch, server: S3Server) -> None:
     store_of.cache_clear()
     monkeypatch.setattr(s3_lock, "_RENEW_S", 0.4)
     monkeypatch.setattr(s3_lock, "_LOOK_S", 0.3)
+    monkeypatch.setattr(s3_lock, "LEASE_S", s3_lock.LEASE_S)  # threads in a hurry may leave another one
     monkeypatch.setattr(S3Lock, "_free", in_a_hurry(4.0))
 
 

@@ -73,17 +73,17 @@ def test_an_old_frame_goes_with_those_that_are_there(make_batcher, make_frame):
     batcher.put(frame_of(make_frame, "a/1", 1))
     batcher.put(frame_of(make_frame, "a/2", 1))
     before = time.monotonic()
-    batch = batcher.take(1.0)
+    batch = batcher.take(30.0)
     assert batch is not None
     assert len(batch.frames) == 2
-    assert 0.03 <= time.monotonic() - before < 0.5
+    assert 0.03 <= time.monotonic() - before < 15
 
 
 def test_nothing_to_take_ends_with_the_timeout(make_batcher):
     """An empty batcher gives None when the time is up."""
     before = time.monotonic()
     assert make_batcher("a/1").take(0.05) is None
-    assert 0.04 <= time.monotonic() - before < 0.5
+    assert 0.04 <= time.monotonic() - before < 15
 
 
 @pytest.mark.parametrize("cameras", [("a/1", "b/1"), ("b/1", "a/1")])
@@ -280,11 +280,11 @@ def test_drop_late_gives_up_only_what_can_no_longer_be_judged(make_batcher, make
     `deadline`, and is counted."""
     batcher = make_batcher("a/1", capacity=2, max_size=8, overflow="drop_late")
     now = time.monotonic()
-    for number, left_s in ((1, 0.15), (2, 50.0)):
+    for number, left_s in ((1, 1.0), (2, 50.0)):
         batcher.put(make_frame(camera_id="a/1", product="a", number=number, captured_s=now, deadline_s=now + left_s))
     assert not batcher.wait_for_room("a/1", 0.0)
     assert batcher.wait_for_room("a/1", 60.0)
-    assert time.monotonic() - now >= 0.15
+    assert time.monotonic() - now >= 1.0
     evicted = batcher.put(make_frame(camera_id="a/1", product="a", number=3))
     assert (evicted.number, evicted.cause, evicted.image) == (1, Cause.DEADLINE, None)
     assert not batcher.wait_for_room("a/1", 0.0)
