@@ -51,7 +51,6 @@ _DRAIN_MARGIN_S = 1.0
 _JUDGING_SHARE = 0.7
 _PICTURES_S = 5.0
 _CLOSING_S = 2.0
-_SERVICE_WEIGHT = 0.2
 
 log = structlog.get_logger(__name__)
 
@@ -353,8 +352,9 @@ class Line:
         """Take a batch's answers from gRPC's thread."""
         first = inferences[0]
         if first.sent_s is not None and first.received_s is not None:
-            took_s = first.received_s - first.sent_s
-            self._batcher.service_s += _SERVICE_WEIGHT * (took_s - self._batcher.service_s)
+            self._batcher.served(first.received_s - first.sent_s)
+        elif first.sent_s is not None and first.cause is Cause.DEADLINE:
+            self._batcher.served(time.monotonic() - first.sent_s, given_up=True)
         for inference in inferences:
             self._judge.put(inference)
         self._shadow.offer(inferences)

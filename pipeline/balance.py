@@ -73,8 +73,10 @@ class Replica:
 
     @property
     def room(self) -> int:
-        """How many more frames it may have under way."""
-        return max(0, self.window - self.frames)
+        """How many more frames it may have under way; none while less than half of the window is free, for small
+        batches cost a server more than they bring (the silly window of RFC 1122)."""
+        free = self.window - self.frames
+        return free if 2 * free >= self.window else 0
 
 
 class Balance:
@@ -111,18 +113,21 @@ class Balance:
             return MANY
         return max((each.room for each in up if each.in_flight < most), default=0)
 
-    def take(self, avoid: Replica | None = None, *, frames: int = 1) -> Replica | None:
+    def take(self, avoid: Replica | None = None, *, frames: int = 1, most: int = MANY) -> Replica | None:
         """Give the replica for the next batch, of so many frames, and count it; None when none is in use.
 
-        The one with the fewest batches under way, in turn where they are equal; one under suspicion, `avoid`, and one
-        whose window is full, only when there is no other.
+        The one with the fewest batches under way, in turn where they are equal; `avoid`, one without room for the batch
+        (see `room`), and one under suspicion only when there is no other. Room counts for more than suspicion: the
+        others would be flooded for as long as a suspect has room.
         """
         if not (up := self.up):
             return None
-        never = math.inf
-        chosen = min(
-            up, key=lambda each: (each is avoid, each.probe_due_s < never, not each.room, each.in_flight, each.turn)
-        )
+
+        def rank(each: Replica) -> tuple[bool, bool, bool, int, int]:
+            is_full = each.in_flight >= most or each.room < frames
+            return each is avoid, is_full, each.probe_due_s < math.inf, each.in_flight, each.turn
+
+        chosen = min(up, key=rank)
         self._turn += 1
         chosen.turn = self._turn
         chosen.in_flight += 1
@@ -140,7 +145,7 @@ class Balance:
         if fault is None:
             replica.window = min(MANY, replica.window + 1)
         elif fault is Fault.LATE:
-            replica.window = max(1, replica.frames // 2)
+            replica.window = max(1, min(replica.window, replica.frames) // 2)
         replica.in_flight -= 1
         replica.frames -= frames
         others = self._others_up(replica)

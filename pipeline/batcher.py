@@ -16,6 +16,9 @@ from pipeline.cameras import Overflow
 from pipeline.metrics import Metrics
 from pipeline.types import Batch, Cause, Frame
 
+_SERVICE_WEIGHT = 0.2
+_A_MOMENT_S = 0.02
+
 
 @dataclass(slots=True, eq=False)  # two queues of a camera that came again are two
 class _Queue:
@@ -25,6 +28,8 @@ class _Queue:
     overflow: Overflow
     frames: deque[Frame] = field(default_factory=deque)
     leaving: bool = False
+    gave_way: bool = False
+    """Whether a frame had to since the last one was taken."""
     others: dict[str, _Queue] = field(default_factory=dict)
     """Queues of the same camera for other products."""
 
@@ -96,7 +101,7 @@ class Batcher:
 
     def take(self, timeout_s: float, most: int | None = None) -> Batch | None:
         """Wait for a batch: `max_size` frames of a product, or `most` if that is less, or fewer once the oldest is
-        `max_age_s` old.
+        `max_age_s` old or one had to give way: a camera that is fast enough would never have an old one.
 
         The product whose oldest frame waits longest comes first; its cameras take turns. None after `timeout_s`.
         """
@@ -111,6 +116,13 @@ class Batcher:
                 if now >= until:
                     return None
                 self._changed.wait(min(wait_s, until - now))
+
+    def served(self, took_s: float, *, given_up: bool = False) -> None:
+        """Note what a batch took, or after how long it was given up: that doubles the average at most, since one that
+        hung says nothing of the next."""
+        if given_up:
+            took_s = min(took_s, 2 * self.service_s + _A_MOMENT_S)
+        self.service_s += _SERVICE_WEIGHT * (took_s - self.service_s)
 
     def close(self) -> None:
         """Stop waiting for company and for room: what is queued goes out as it is."""
@@ -146,6 +158,7 @@ class Batcher:
 
     def _evict(self, queue: _Queue) -> Frame:
         frame = queue.frames.popleft()
+        queue.gave_way = True
         is_late = queue.overflow == "drop_late" and self._late_in_s(frame) <= 0
         cause = Cause.DEADLINE if is_late else Cause.QUEUE_FULL
         self._metrics.dropped(queue.camera_id, cause)
@@ -160,6 +173,7 @@ class Batcher:
                 continue
             oldest = min(heads)
             full = sum(len(queue.frames) for queue in queues) >= size
+            full = full or any(queue.gave_way for queue in queues)
             if full or self._closed or now - oldest >= self._max_age_s:
                 if oldest < due_since:
                     due, due_since = product, oldest
@@ -178,6 +192,7 @@ class Batcher:
             queues.rotate(-1)
             if queue.frames:
                 frames.append(queue.frames.popleft())
+                queue.gave_way = False
                 self._note(queue.camera_id)
                 idle = 0
                 if queue.leaving and not queue.frames:

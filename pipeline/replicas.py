@@ -138,7 +138,8 @@ class ReplicaPool:
         """Give the replica for the next request, of so many frames; another than `avoid` where there is one, None when
         all are down."""
         with self._changed:
-            replica = None if self._stop.is_set() else self._balance.take(avoid, frames=frames)
+            most = self._settings.max_in_flight
+            replica = None if self._stop.is_set() else self._balance.take(avoid, frames=frames, most=most)
             return None if replica is None else (replica, self._clients[replica])
 
     def give_back(self, replica: Replica, frames: int, fault: Fault | None, words: str, *, first_try: bool) -> bool:

@@ -62,25 +62,50 @@ def test_a_replica_that_is_late_gets_fewer_frames():
     assert balance.room(3) == 0
     balance.give_back(replica, Fault.LATE, "Deadline Exceeded", 1.0, first_try=True, frames=8)
     assert (replica.window, replica.frames, balance.room(3)) == (12, 16, 0)
-    for window in (8, 4):
+    for window in (6, 3):
         balance.give_back(replica, Fault.LATE, "Deadline Exceeded", 1.0, first_try=True, frames=8)
         assert replica.window == window
+    assert balance.room(3) == 3
+    balance.take(frames=3)
+    balance.give_back(replica, None, "", 2.0, first_try=True, frames=3)
     assert balance.room(3) == 4
-    balance.take(frames=4)
-    balance.give_back(replica, None, "", 2.0, first_try=True, frames=4)
-    assert balance.room(3) == 5
     for _ in range(9):
         size = balance.room(3)
         balance.take(frames=size)
         balance.give_back(replica, Fault.LATE, "Deadline Exceeded", 3.0, first_try=True, frames=size)
     assert balance.room(3) == 1
+    balance.take(frames=8)  # tried again here for want of another replica
+    balance.give_back(replica, Fault.LATE, "Deadline Exceeded", 3.0, first_try=False, frames=8)
+    assert replica.window == 1
 
 
-def test_a_full_window_sends_the_next_batch_elsewhere():
-    """A replica that may have no more frames comes after one that may, however many batches that has."""
+def test_a_replica_that_was_late_waits_until_half_of_its_window_is_free():
+    """A stream of small batches would cost it more than it brings."""
+    balance, replica = balance_of("a")
+    replica.window = 8
+    balance.take(frames=4)
+    assert balance.room(3) == 4
+    balance.take(frames=1)
+    assert balance.room(3) == 0
+
+
+def test_a_batch_that_a_window_has_no_room_for_goes_elsewhere():
+    """A replica comes after one that has room for the whole batch, however many more batches that holds."""
     balance, slow, fast = balance_of("slow", "fast")
-    slow.window = 1
-    assert [balance.take(frames=1) for _ in range(3)] == [slow, fast, fast]
+    slow.window = 4
+    assert [balance.take(frames=frames) for frames in (2, 4, 4)] == [slow, fast, fast]
+
+
+def test_a_replica_is_not_flooded_while_another_one_is_suspected():
+    """The room of one that was late is used, small as it is; a healthy one gets no more than it may hold."""
+    balance, well, late = balance_of("well", "late")
+    for _ in range(2):
+        balance.take(frames=8, most=3)
+    balance.give_back(late, Fault.LATE, "Deadline Exceeded", 1.0, first_try=True, frames=8)
+    while room := balance.room(3):
+        balance.take(frames=min(8, room), most=3)
+    assert well.in_flight == 3
+    assert late.frames == late.window == 4
 
 
 def test_nothing_goes_to_a_replica_before_it_is_proved():

@@ -67,6 +67,30 @@ def test_a_batch_has_no_more_frames_than_there_is_room_for(make_batcher, make_fr
     assert [len(batcher.take(0.0, most=most).frames) for most in (1, 2, 100)] == [1, 2, 3]
 
 
+def test_a_camera_whose_frames_give_way_before_they_are_old_is_read_all_the_same(make_batcher, make_frame):
+    """Faster than `max_age_s` with room for one: the frame that drove another out goes at once, the next one waits."""
+    batcher = make_batcher("a/1", capacity=1, max_size=8, max_age_s=60.0)
+    batcher.put(frame_of(make_frame, "a/1", 1))
+    assert batcher.take(0.0) is None
+    assert batcher.put(frame_of(make_frame, "a/1", 2)).number == 1
+    assert numbers(batcher.take(0.0)) == [("a/1", 2)]
+    batcher.put(frame_of(make_frame, "a/1", 3))
+    assert batcher.take(0.0) is None
+
+
+def test_what_a_batch_takes_is_an_average_that_one_hang_does_not_spoil(make_batcher):
+    """Answers count by a fifth; a batch that was given up after a minute no more than doubles what is known."""
+    batcher = make_batcher("a/1")
+    for _ in range(40):
+        batcher.served(0.1)
+    assert batcher.service_s == pytest.approx(0.1, rel=1e-3)
+    batcher.served(60.0, given_up=True)
+    assert 0.1 < batcher.service_s < 0.2
+    for _ in range(20):
+        batcher.served(1.0, given_up=True)
+    assert batcher.service_s > 0.9
+
+
 def test_an_old_frame_goes_with_those_that_are_there(make_batcher, make_frame):
     """A frame of `max_age_s` waits no longer for company."""
     batcher = make_batcher("a/1", "a/2", max_size=8, max_age_s=0.05)
