@@ -350,11 +350,7 @@ class Line:
 
     def _answered(self, inferences: list[Inference]) -> None:
         """Take a batch's answers from gRPC's thread."""
-        first = inferences[0]
-        if first.sent_s is not None and first.received_s is not None:
-            self._batcher.served(first.received_s - first.sent_s)
-        elif first.sent_s is not None and first.cause is Cause.DEADLINE:
-            self._batcher.served(time.monotonic() - first.sent_s, given_up=True)
+        self._batcher.learn(inferences[0])
         for inference in inferences:
             self._judge.put(inference)
         self._shadow.offer(inferences)

@@ -71,18 +71,12 @@ class Replica:
     probed_s: float = -math.inf
     probe_due_s: float = -math.inf
 
-    @property
-    def room(self) -> int:
-        """How many more frames it may have under way; none while less than half of the window is free, for small
-        batches cost a server more than they bring (the silly window of RFC 1122)."""
-        free = self.window - self.frames
-        return free if 2 * free >= self.window else 0
-
 
 class Balance:
-    """The replicas of one service; not safe from several threads."""
+    """The replicas of one service, each with at most `max_in_flight` batches; not safe from several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_in_flight: int) -> None:
+        self._max_in_flight = max_in_flight
         self._replicas: dict[str, Replica] = {}
         self._turn = 0
 
@@ -106,14 +100,12 @@ class Balance:
         self._replicas |= {replica.address: replica for replica in joined}
         return joined, left
 
-    def room(self, most: int) -> int:
-        """Say how many frames the next batch may have, where a replica holds at most so many batches; 0 when all are
-        full, and any number when none is in use."""
-        if not (up := self.up):
-            return MANY
-        return max((each.room for each in up if each.in_flight < most), default=0)
+    def room(self) -> int:
+        """Say how many frames the next batch may have; 0 when all replicas are full, and any number when none is in
+        use."""
+        return max(map(self._room_of, self.up), default=MANY)
 
-    def take(self, avoid: Replica | None = None, *, frames: int = 1, most: int = MANY) -> Replica | None:
+    def take(self, avoid: Replica | None = None, *, frames: int = 1) -> Replica | None:
         """Give the replica for the next batch, of so many frames, and count it; None when none is in use.
 
         The one with the fewest batches under way, in turn where they are equal; `avoid`, one without room for the batch
@@ -124,8 +116,7 @@ class Balance:
             return None
 
         def rank(each: Replica) -> tuple[bool, bool, bool, int, int]:
-            is_full = each.in_flight >= most or each.room < frames
-            return each is avoid, is_full, each.probe_due_s < math.inf, each.in_flight, each.turn
+            return each is avoid, self._room_of(each) < frames, each.probe_due_s < math.inf, each.in_flight, each.turn
 
         chosen = min(up, key=rank)
         self._turn += 1
@@ -177,6 +168,12 @@ class Balance:
         else:
             refused = finding is Finding.REFUSED
             self._set_aside(replica, Standing.REFUSED if refused else Standing.ASIDE, words, now_s)
+
+    def _room_of(self, replica: Replica) -> int:
+        """Say how many more frames a replica may have under way; none while less than half of its window is free, for
+        small batches cost a server more than they bring (the silly window of RFC 1122)."""
+        free = replica.window - replica.frames
+        return free if replica.in_flight < self._max_in_flight and 2 * free >= replica.window else 0
 
     def _others_up(self, replica: Replica) -> bool:
         return any(other is not replica for other in self.up)

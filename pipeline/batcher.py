@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.cameras import Overflow
 from pipeline.metrics import Metrics
-from pipeline.types import Batch, Cause, Frame
+from pipeline.types import Batch, Cause, Frame, Inference
 
 _SERVICE_WEIGHT = 0.2
 _A_MOMENT_S = 0.02
@@ -117,11 +117,17 @@ class Batcher:
                     return None
                 self._changed.wait(min(wait_s, until - now))
 
-    def served(self, took_s: float, *, given_up: bool = False) -> None:
-        """Note what a batch took, or after how long it was given up: that doubles the average at most, since one that
-        hung says nothing of the next."""
-        if given_up:
-            took_s = min(took_s, 2 * self.service_s + _A_MOMENT_S)
+    def learn(self, first: Inference) -> None:
+        """Note what a batch took, by its first answer, or after how long it was given up: that counts as twice the
+        average at most, since one that hung says nothing of the next."""
+        if first.sent_s is None:
+            return
+        if first.received_s is not None:
+            took_s = first.received_s - first.sent_s
+        elif first.cause is Cause.DEADLINE:
+            took_s = min(time.monotonic() - first.sent_s, 2 * self.service_s + _A_MOMENT_S)
+        else:
+            return
         self.service_s += _SERVICE_WEIGHT * (took_s - self.service_s)
 
     def close(self) -> None:
@@ -172,8 +178,7 @@ class Batcher:
             if not heads:
                 continue
             oldest = min(heads)
-            full = sum(len(queue.frames) for queue in queues) >= size
-            full = full or any(queue.gave_way for queue in queues)
+            full = sum(len(queue.frames) for queue in queues) >= size or any(queue.gave_way for queue in queues)
             if full or self._closed or now - oldest >= self._max_age_s:
                 if oldest < due_since:
                     due, due_since = product, oldest

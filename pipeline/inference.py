@@ -237,9 +237,8 @@ class InferenceClient:
 
     def _give_up(self, request: _Request, replica: Replica, inferences: list[Inference]) -> None:
         """Let the version in force judge what a canary could not; a shadow is not missed."""
-        self._pool.give_back(
-            replica, len(request.batch.frames), None, "", first_try=False
-        )  # it is not the replica's fault
+        frames = len(request.batch.frames)
+        self._pool.give_back(replica, frames, None, "", first_try=False)  # it is not the replica's fault
         if request.version.mode == "canary":
             self._send(replace(request, version=self._versions[request.batch.product], failed=None))
         else:

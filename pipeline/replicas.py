@@ -67,7 +67,7 @@ class ReplicaPool:
         self._health = health
         self._resolve = resolve
         self._credentials: grpc.ChannelCredentials | None = None
-        self._balance = Balance()
+        self._balance = Balance(settings.max_in_flight)
         self._clients: dict[Replica, InferenceServerClient] = {}
         self._known: dict[str, Sequence[str]] = {}
         self._name_faults: dict[str, str] = {}
@@ -127,7 +127,7 @@ class ReplicaPool:
         """Wait until a replica holds fewer than `max_in_flight` batches and may have more frames under way; gives how
         many the next batch may have, any number at once when none is in use, 0 after `timeout_s`."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._balance.room(self._settings.max_in_flight), timeout_s)
+            return self._changed.wait_for(self._balance.room, timeout_s)
 
     def is_idle(self) -> bool:
         """Whether a replica in use has nothing to do at this moment."""
@@ -138,8 +138,7 @@ class ReplicaPool:
         """Give the replica for the next request, of so many frames; another than `avoid` where there is one, None when
         all are down."""
         with self._changed:
-            most = self._settings.max_in_flight
-            replica = None if self._stop.is_set() else self._balance.take(avoid, frames=frames, most=most)
+            replica = None if self._stop.is_set() else self._balance.take(avoid, frames=frames)
             return None if replica is None else (replica, self._clients[replica])
 
     def give_back(self, replica: Replica, frames: int, fault: Fault | None, words: str, *, first_try: bool) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -129,6 +131,18 @@ def wait_until(condition: Any, timeout_s: float, what: str) -> None:
         if time.monotonic() > until:
             raise AssertionError(f"{what}: not within {timeout_s} s")
         time.sleep(0.05)
+
+
+@contextmanager
+def stopped(*pids: int) -> Iterator[None]:
+    """Hold processes as a hung machine would, then let them go on."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 def children(pid: int) -> list[int]:

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import redis
-from line_process import LineProcess, received, wait_until
+from line_process import LineProcess, children, received, stopped, wait_until
 
 pytestmark = pytest.mark.stack
 MODELS = Path(__file__).resolve().parents[2] / "models_repo"
@@ -33,14 +33,21 @@ def write_pictures(folder: Path, count: int, seed: int = 0) -> Path:
     return folder
 
 
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """Hold a process as a hung machine would, then let it go on."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
+def two_live_cameras(made, pictures: Path, product: str, *, rate: float):
+    """Add two cameras that give up their oldest frame for a new one; gives the line file."""
+    path = str(write_pictures(pictures, 10))
+    for _ in range(2):
+        about = {"loop": True, "overflow": "drop_oldest", "queue_frames": 4}
+        made.camera(type="folder", path=path, product=product, rate=rate, **about)
+    return made
+
+
+def is_judged(event: dict) -> bool:
+    return event["data"]["verdict"] != "UNINSPECTED"
+
+
+def wait_until_judged_again(kafka: str, line: str) -> None:
+    wait_until(lambda: is_judged(received(kafka, line).events[-1]), 60, "a part that is judged again")
 
 
 def logicrd(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -140,29 +147,14 @@ def test_a_threshold_that_cannot_be_used_is_not_used(fields, stack, line_file, p
 
 def test_a_hung_triton_fills_bounded_queues_and_ends_in_counted_verdicts(stack, line_file, products, tmp_path):
     """Triton stands still for 4 s: parts become UNINSPECTED in time, memory does not grow, and the line recovers."""
-    made = line_file(stack, budget_ms=1000)
-    pictures = str(write_pictures(tmp_path / "p", 10))
-    for _ in range(2):
-        made.camera(
-            type="folder",
-            path=pictures,
-            product=products[0],
-            rate=10,
-            loop=True,
-            overflow="drop_oldest",
-            queue_frames=4,
-        )
+    made = two_live_cameras(line_file(stack, budget_ms=1000), tmp_path / "p", products[0], rate=10)
     with LineProcess(made.write()) as line:
         wait_until(lambda: len(received(stack.endpoints["kafka"], made.name).events) > 10, 30, "a running line")
         before = line.memory_mb()
         with stopped(stack.pid("triton")):
             time.sleep(4)
         grown = line.memory_mb() - before
-        wait_until(
-            lambda: received(stack.endpoints["kafka"], made.name).events[-1]["data"]["verdict"] != "UNINSPECTED",
-            60,
-            "a part that is judged again",
-        )
+        wait_until_judged_again(stack.endpoints["kafka"], made.name)
         summary = line.stop()
     verdicts = received(stack.endpoints["kafka"], made.name, at_least=summary["triggered"])
     assert (len(verdicts.events), verdicts.duplicates, verdicts.in_order()) == (summary["triggered"], 0, True)
@@ -175,16 +167,12 @@ def test_a_hung_triton_fills_bounded_queues_and_ends_in_counted_verdicts(stack, 
 @contextmanager
 def slowed(pid: int, share: float) -> Iterator[None]:
     """Let a process and its children run for a share of the time only, as a machine that is too slow."""
-    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout.split()
-    done = threading.Event()
+    pids, done = (pid, *children(pid)), threading.Event()
 
     def hold() -> None:
         while not done.wait(0.1 * share):
-            for each in (pid, *map(int, children)):
-                os.kill(each, signal.SIGSTOP)
-            time.sleep(0.1 * (1 - share))
-            for each in (pid, *map(int, children)):
-                os.kill(each, signal.SIGCONT)
+            with stopped(*pids):
+                time.sleep(0.1 * (1 - share))
 
     thread = threading.Thread(target=hold)
     thread.start()
@@ -198,33 +186,16 @@ def slowed(pid: int, share: float) -> Iterator[None]:
 def test_a_triton_that_is_too_slow_judges_what_it_can(stack, line_file, products, tmp_path):
     """More frames come than it can judge in time: some are judged all the same, each late one has its verdict in time,
     and afterwards all are judged again."""
-    made = line_file(stack, budget_ms=1000)
-    pictures = str(write_pictures(tmp_path / "p", 10))
-    for _ in range(2):
-        made.camera(
-            type="folder",
-            path=pictures,
-            product=products[0],
-            rate=12,
-            loop=True,
-            overflow="drop_oldest",
-            queue_frames=4,
-        )
-
-    def verdicts() -> list[dict]:
-        return received(stack.endpoints["kafka"], made.name).events
-
-    def is_judged(event: dict) -> bool:
-        return event["data"]["verdict"] != "UNINSPECTED"
-
+    kafka = stack.endpoints["kafka"]
+    made = two_live_cameras(line_file(stack, budget_ms=1000), tmp_path / "p", products[0], rate=12)
     with LineProcess(made.write()) as line:
-        wait_until(lambda: any(map(is_judged, verdicts())), 30, "a part that is judged")
+        wait_until(lambda: any(map(is_judged, received(kafka, made.name).events)), 30, "a part that is judged")
         with slowed(stack.pid("triton"), 0.15):
             time.sleep(4)  # until the calls of before are over
-            before = len(verdicts())
+            before = len(received(kafka, made.name).events)
             time.sleep(10)
-            during = verdicts()[before:]
-        wait_until(lambda: is_judged(verdicts()[-1]), 60, "a part that is judged again")
+            during = received(kafka, made.name).events[before:]
+        wait_until_judged_again(kafka, made.name)
         line.stop()
     assert len(during) > 80
     assert sum(map(is_judged, during)) >= 5
@@ -248,11 +219,7 @@ def test_a_killed_python_backend_is_restarted_and_costs_named_verdicts(stack, li
         os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
         wait_until(lambda: stack.pid("triton") != old_server, 60, "a restarted server")
         wait_until(lambda: stack.state()["components"]["triton"]["state"] == "ready", 60, "a ready server")
-        wait_until(
-            lambda: received(stack.endpoints["kafka"], made.name).events[-1]["data"]["verdict"] != "UNINSPECTED",
-            60,
-            "a part that is judged again",
-        )
+        wait_until_judged_again(stack.endpoints["kafka"], made.name)
         summary = line.stop()
     verdicts = received(stack.endpoints["kafka"], made.name, at_least=summary["triggered"])
     assert (len(verdicts.events), verdicts.duplicates, verdicts.in_order()) == (summary["triggered"], 0, True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import queue
-import signal
 import sys
 import time
 from typing import Any
@@ -13,7 +11,7 @@ from uuid import uuid4
 import cv2
 import numpy as np
 import pytest
-from line_process import LineProcess, received, wait_until
+from line_process import LineProcess, received, stopped, wait_until
 from tritonclient.grpc import InferenceServerClient, InferInput
 
 from pipeline.servers import Kafka
@@ -56,13 +54,10 @@ def test_uninspected_goes_out_on_time_while_triton_hangs(made, stack):
     kafka = stack.endpoints["kafka"]
     with LineProcess(made.write()) as line:
         wait_until(lambda: len(received(kafka, made.name).events) > 5, 90, "a running line")
-        os.kill(stack.pid("triton"), signal.SIGSTOP)
-        try:
+        with stopped(stack.pid("triton")):
             before = len(heartbeats(kafka, made.name))
             time.sleep(6)
             during = len(heartbeats(kafka, made.name))
-        finally:
-            os.kill(stack.pid("triton"), signal.SIGCONT)
         summary = line.stop()
     verdicts = received(kafka, made.name, at_least=summary["triggered"])
     assert (len(verdicts.events), verdicts.duplicates, verdicts.in_order()) == (summary["triggered"], 0, True)

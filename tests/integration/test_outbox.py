@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from kafka import KafkaConsumer, TopicPartition
 from kafka.admin import KafkaAdminClient
-from line_process import wait_until
+from line_process import stopped, wait_until
 from outbox_process import KEYS, make, part
 
 from pipeline.metrics import Metrics
@@ -132,8 +132,7 @@ class Worker:
 def hung(broker):
     """Hold Kafka as a hung machine would, for the length of the block."""
     pid = broker.pid("kafka")
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    with stopped(pid):
         threads = Path(f"/proc/{pid}/task")
         wait_until(
             lambda: all(stat.read_text().rpartition(")")[2].split()[0] in "Tt" for stat in threads.glob("*/stat")),
@@ -141,8 +140,6 @@ def hung(broker):
             "every thread stopped",
         )
         yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 def test_a_killed_worker_loses_no_part_that_was_done(broker, topics, tmp_path):

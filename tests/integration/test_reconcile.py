@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +15,7 @@ from uuid import uuid4
 
 import pytest
 from kafka import KafkaProducer
-from line_process import wait_until
+from line_process import stopped, wait_until
 from outbox_process import make
 
 from pipeline.events import Encoder, Event, Place
@@ -140,13 +138,10 @@ def test_a_verdict_that_waits_in_the_outbox_is_not_missing(line, stack):
     kafka = Kafka(bootstrap=[address], startup_timeout_s=60)
     worker = make(kafka, line.folder / "outbox")
     worker.start()
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    with stopped(pid):
         put_durably(worker, [topics.event(number) for number in range(2, 7)])
         put_durably(worker, [topics.event(number) for number in range(7, 11)])  # behind those that are under way
         assert worker.close(time.monotonic()).parts == 9
-    finally:
-        os.kill(pid, signal.SIGCONT)
     code, found, said = reconcile(line.path, "--from", "70m")
     (row,) = found["stations"]
     assert (code, row["due"], row["missing"], row["OK"] + row["in outbox"]) == (0, 10, 0, 10), said

@@ -15,14 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from line_process import LineProcess, received, wait_until
+from line_process import LineProcess, received, stopped, wait_until
 
 from pipeline.health import Health
 from pipeline.inference import InferenceClient
@@ -175,16 +174,6 @@ def service() -> Iterator[Callable[..., Service]]:
     yield start
     for made in started:
         made.client.close()
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """Hold a process as a hung machine would, then let it go on."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 def test_a_killed_replica_costs_no_batch_and_is_used_again(stack, second, service):

@@ -98,15 +98,20 @@ s3://{{ trimSuffix "/" $s3.endpoint }}/{{ trimSuffix "/" (printf "%s/%s" $s3.buc
 {{- end }}
 {{- end -}}
 
+{{/* Key and authority of a bucket, for whoever reads it. Takes the block `s3`. */}}
+{{- define "logicrd.s3Mounts" -}}
+{{- if .credentialsSecret }}
+- {name: s3-credentials, mountPath: /etc/s3, readOnly: true}
+{{- end }}
+{{- if .caSecret }}
+- {name: s3-authority, mountPath: /etc/s3-authority, readOnly: true}
+{{- end }}
+{{- end -}}
+
 {{- define "logicrd.modelsMount" -}}
 {{- $source := .Values.triton.modelRepository -}}
 {{- if and $source.s3.bucket $source.s3.direct }}
-{{- if $source.s3.credentialsSecret }}
-- {name: s3-credentials, mountPath: /etc/s3, readOnly: true}
-{{- end }}
-{{- if $source.s3.caSecret }}
-- {name: s3-authority, mountPath: /etc/s3-authority, readOnly: true}
-{{- end }}
+{{- include "logicrd.s3Mounts" $source.s3 }}
 {{- else }}
 - name: models
   mountPath: /models
@@ -145,11 +150,6 @@ s3://{{ trimSuffix "/" $s3.endpoint }}/{{ trimSuffix "/" (printf "%s/%s" $s3.buc
   volumeMounts:
     - {name: models, mountPath: /models}
     - {name: tmp, mountPath: /tmp}
-    {{- if $s3.credentialsSecret }}
-    - {name: s3-credentials, mountPath: /etc/s3, readOnly: true}
-    {{- end }}
-    {{- if $s3.caSecret }}
-    - {name: s3-authority, mountPath: /etc/s3-authority, readOnly: true}
-    {{- end }}
+    {{- include "logicrd.s3Mounts" $s3 | nindent 4 }}
 {{- end }}
 {{- end -}}

@@ -21,7 +21,7 @@ from pipeline.balance import (
 
 def balance_of(*addresses):
     """Give a balance whose replicas have all been found good at 0 s, and its replicas."""
-    balance = Balance()
+    balance = Balance(3)
     joined, _ = balance.see(addresses)
     for replica in joined:
         balance.found(replica, Finding.GOOD, "", 0.0)
@@ -56,24 +56,24 @@ def test_a_replica_that_is_late_gets_fewer_frames():
     """Half of those under way when a batch was late, one more with each that is answered; never none, and what was sent
     before counts."""
     balance, replica = balance_of("a")
-    assert balance.room(3) == MANY
+    assert balance.room() == MANY
     for _ in range(3):
         balance.take(frames=8)
-    assert balance.room(3) == 0
+    assert balance.room() == 0
     balance.give_back(replica, Fault.LATE, "Deadline Exceeded", 1.0, first_try=True, frames=8)
-    assert (replica.window, replica.frames, balance.room(3)) == (12, 16, 0)
+    assert (replica.window, replica.frames, balance.room()) == (12, 16, 0)
     for window in (6, 3):
         balance.give_back(replica, Fault.LATE, "Deadline Exceeded", 1.0, first_try=True, frames=8)
         assert replica.window == window
-    assert balance.room(3) == 3
+    assert balance.room() == 3
     balance.take(frames=3)
     balance.give_back(replica, None, "", 2.0, first_try=True, frames=3)
-    assert balance.room(3) == 4
+    assert balance.room() == 4
     for _ in range(9):
-        size = balance.room(3)
+        size = balance.room()
         balance.take(frames=size)
         balance.give_back(replica, Fault.LATE, "Deadline Exceeded", 3.0, first_try=True, frames=size)
-    assert balance.room(3) == 1
+    assert balance.room() == 1
     balance.take(frames=8)  # tried again here for want of another replica
     balance.give_back(replica, Fault.LATE, "Deadline Exceeded", 3.0, first_try=False, frames=8)
     assert replica.window == 1
@@ -84,9 +84,9 @@ def test_a_replica_that_was_late_waits_until_half_of_its_window_is_free():
     balance, replica = balance_of("a")
     replica.window = 8
     balance.take(frames=4)
-    assert balance.room(3) == 4
+    assert balance.room() == 4
     balance.take(frames=1)
-    assert balance.room(3) == 0
+    assert balance.room() == 0
 
 
 def test_a_batch_that_a_window_has_no_room_for_goes_elsewhere():
@@ -100,17 +100,17 @@ def test_a_replica_is_not_flooded_while_another_one_is_suspected():
     """The room of one that was late is used, small as it is; a healthy one gets no more than it may hold."""
     balance, well, late = balance_of("well", "late")
     for _ in range(2):
-        balance.take(frames=8, most=3)
+        balance.take(frames=8)
     balance.give_back(late, Fault.LATE, "Deadline Exceeded", 1.0, first_try=True, frames=8)
-    while room := balance.room(3):
-        balance.take(frames=min(8, room), most=3)
+    while room := balance.room():
+        balance.take(frames=min(8, room))
     assert well.in_flight == 3
     assert late.frames == late.window == 4
 
 
 def test_nothing_goes_to_a_replica_before_it_is_proved():
     """New, set aside or refused: such a replica gets no batch; without another one there is none to give."""
-    balance = Balance()
+    balance = Balance(3)
     (new, aside, refused), _ = balance.see(["new", "aside", "refused"])
     balance.found(aside, Finding.FAILED, "refused the connection", 0.0)
     balance.found(refused, Finding.REFUSED, "version 2 is loaded, not 1", 0.0)

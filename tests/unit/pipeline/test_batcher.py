@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from pipeline.batcher import Batcher
 from pipeline.metrics import Metrics
-from pipeline.types import Cause, Frame
+from pipeline.types import Cause, Frame, Inference
 
 LONG_S = 60.0
 OLD_S = 100.0
@@ -78,16 +78,20 @@ def test_a_camera_whose_frames_give_way_before_they_are_old_is_read_all_the_same
     assert batcher.take(0.0) is None
 
 
-def test_what_a_batch_takes_is_an_average_that_one_hang_does_not_spoil(make_batcher):
+def test_what_a_batch_takes_is_an_average_that_one_hang_does_not_spoil(make_batcher, make_frame):
     """Answers count by a fifth; a batch that was given up after a minute no more than doubles what is known."""
-    batcher = make_batcher("a/1")
+    batcher, frame = make_batcher("a/1"), make_frame()
     for _ in range(40):
-        batcher.served(0.1)
+        batcher.learn(Inference(frame, sent_s=5.0, received_s=5.1))
     assert batcher.service_s == pytest.approx(0.1, rel=1e-3)
-    batcher.served(60.0, given_up=True)
+    batcher.learn(Inference(frame, cause=Cause.DEADLINE, sent_s=time.monotonic() - 60.0))
     assert 0.1 < batcher.service_s < 0.2
+    known_s = batcher.service_s
+    batcher.learn(Inference(frame, cause=Cause.DEADLINE))  # never sent
+    batcher.learn(Inference(frame, cause=Cause.TRITON_UNAVAILABLE, sent_s=time.monotonic() - 60.0))
+    assert batcher.service_s == known_s
     for _ in range(20):
-        batcher.served(1.0, given_up=True)
+        batcher.learn(Inference(frame, cause=Cause.DEADLINE, sent_s=time.monotonic() - 1.0))
     assert batcher.service_s > 0.9
 
 
